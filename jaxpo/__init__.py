@@ -1,0 +1,1 @@
+"""jaxpo: direct preference optimisation in JAX."""

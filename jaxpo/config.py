@@ -1,0 +1,177 @@
+"""Every knob of a run. An experiment is a Python module whose `get_config()` returns a `Config`.
+
+Data only: strings, numbers, tuples and dicts, so that a config prints, logs as JSON and can be overridden from the
+command line as `--section.field value`. Units and meanings stand at the fields.
+"""
+
+import dataclasses
+from typing import Literal
+
+Scalar = bool | int | float | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    source: str = ''
+    """A local Hugging Face directory, a hub id, a .gguf file, `package:NAME` (the .gguf file an installed Python
+    package ships), or `random:CONFIG.json` (random weights for a Hugging Face config)."""
+    revision: str | None = None
+    """Hub revision; a commit hash keeps a run reproducible. Only for hub ids."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer, where the model's source has none."""
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    """Compute dtype of the policy and the references. Master weights and log-probabilities are float32 always."""
+    remat: Literal['none', 'dots', 'full'] = 'full'
+    """What the backward pass recomputes: nothing, all but matrix products, or each layer whole (least memory)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    source: str = 'policy'
+    """`policy` (a frozen copy of the policy's first weights) or any source a model may have."""
+    revision: str | None = None
+    """Hub revision, as for the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: str = ''
+    """Training pairs: a .jsonl or .parquet file (also .jsonl.gz), or a hub data set id."""
+    evaluation: str | None = None
+    """Held-out pairs, as above."""
+    train_split: str = 'train'
+    """Split of a hub data set to train on."""
+    evaluation_split: str = 'test'
+    """Split of a hub data set to evaluate on."""
+    revision: str | None = None
+    """Hub revision of both."""
+    columns: tuple[str, ...] = ()
+    """Extra numeric columns to carry along with each pair."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are trimmed from the left."""
+    max_completion_tokens: int = 512
+    """Longer completions are cut from the right, and get no end-of-turn token."""
+    bad_rows: Literal['drop', 'error'] = 'drop'
+    """What to do with rows the audit rejects."""
+    max_drop_rate: float = 0.1
+    """Share of rows, 0 to 1, that may be dropped before the run is refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    layout: Literal['padded', 'packed', 'shared'] = 'shared'
+    """One pair a row; many pairs a row; many pairs a row with each prompt held once."""
+    lengths: tuple[int, ...] = (512, 1024)
+    """Row lengths in tokens. A batch uses the cheapest of them that holds its longest pair."""
+    microbatch: int = 8
+    """Most rows computed at once, over all devices; longer batches accumulate gradients."""
+    pairs_per_row: int = 16
+    """Most pairs in a packed row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal['constant', 'linear', 'cosine'] = 'linear'
+    """Decay after warm-up, to `final_learning_rate_ratio` of the peak at the last step."""
+    final_learning_rate_ratio: float = 0.0
+    """Learning rate of the last step over the peak."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0
+    """Clip gradients to this global norm."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = -1
+    """Devices over which rows are split and parameters copied; -1 takes all that remain."""
+    fsdp: int = 1
+    """Devices over which rows, parameters and optimizer state are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    batch_pairs: int = 8
+    """Pairs of one optimizer step, over all devices."""
+    epochs: float = 1.0
+    """Passes over the training pairs; ignored where `steps` is given."""
+    steps: int | None = None
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of the data order, of random weights and of sampling."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int | None = None
+    """Steps between evaluations; None evaluates before and after training only."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None saves the last step only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    pairs: int | None = None
+    """Held-out pairs to score; None scores all."""
+    sample_prompts: int = 0
+    """Held-out prompts to sample completions for, before and after training; 0 samples none."""
+    show: int = 3
+    """Sampled completions to print before and after."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    prompts: str = ''
+    """Prompts of `jaxpo sample`: a .txt file (one prompt a line) or .jsonl file (`prompt`: text or messages).
+    Empty: the prompts of the evaluation pairs."""
+    completions: int = 1
+    """Completions of each prompt."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    temperature: float = 1.0
+    """0 decodes greedily."""
+    top_p: float = 1.0
+    """Nucleus: sample from the likeliest tokens that hold this much probability."""
+    batch: int = 32
+    """Completions generated at once."""
+    output: str = 'samples.jsonl'
+    """Where `jaxpo sample` writes its lines, within the run's directory unless absolute."""
+    pairs: str = ''
+    """Where `jaxpo sample` writes preference pairs (best against worst completion of each prompt by the module's
+    `reward`); empty writes none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    directory: str = 'export'
+    """Where `jaxpo export` writes the Hugging Face directory, within the run's directory unless absolute."""
+    dtype: Literal['source', 'float32', 'bfloat16'] = 'source'
+    """Dtype of the written tensors; `source` is that of the model's source."""
+    max_shard_gigabytes: float = 5.0
+    """Largest safetensors file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    output: str
+    """Directory of the run: config, report, metrics, checkpoints."""
+    model: Model = Model()
+    references: dict[str, Reference] = dataclasses.field(default_factory=lambda: {'initial': Reference()})
+    """Frozen models the policy is measured against, by name. Dropped where no loss reads one."""
+    objective: dict[str, dict[str, Scalar]] = dataclasses.field(default_factory=lambda: {'dpo': {}})
+    """Losses by name, each with its hyperparameters and a `weight`."""
+    data: Data = Data()
+    rows: Rows = Rows()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    sample: Sample = Sample()
+    export: Export = Export()
