@@ -1,0 +1,87 @@
+"""Checkpoints of a run, written by Orbax in the background and restored onto any mesh.
+
+Saved: step, policy, optimizer. References are frozen, so they are read again from their own sources.
+"""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxpo.errors import InputError
+from jaxpo.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints in one directory. A step counts as saved only once it is committed."""
+
+    def __init__(self, checkpointer: ocp.training.Checkpointer):
+        self._checkpointer = checkpointer
+        self._pending = None
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None."""
+        self.wait()
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to write the state at `step`, after the save before it is committed.
+
+        Raises whatever that earlier save raised: an error never waits longer than one save.
+        """
+        self.wait()
+        if self.latest() != step:
+            self._pending = self._checkpointer.save_async(step, _saved(state), force=True)
+
+    def wait(self) -> None:
+        """Returns once the last save is committed; raises if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, step: int, shapes: TrainState, references: dict) -> TrainState:
+        """The state saved at `step`.
+
+        Args:
+          shapes: a TrainState of ShapeDtypeStructs with the shardings wanted now, of any mesh.
+          references: the reference parameters, which are not in the checkpoint.
+        """
+        saved = self._checkpointer.load(step, _saved(shapes))
+        return TrainState(reference_params=references, **saved)
+
+
+def _saved(state: TrainState) -> dict:
+    return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state}
+
+
+@contextlib.contextmanager
+def open_checkpoints(directory: pathlib.Path, keep: int) -> Iterator[Checkpoints]:
+    """The checkpoints of a run; waits on leaving until what was begun is committed. Keeps the newest `keep`."""
+    checkpointer = ocp.training.Checkpointer(
+        directory.absolute(),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+    checkpoints = Checkpoints(checkpointer)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    finally:
+        checkpointer.close()
+
+
+def check_room(directory: pathlib.Path, shapes: TrainState, keep: int) -> None:
+    """InputError where the disk cannot hold `keep` checkpoints and the one being written."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_saved(shapes))) * (keep + 1)
+    existing = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f'No room on the disk: {keep} checkpoints and one being written take {needed / 2**30:.1f} GiB, '
+            f'{existing} has {free / 2**30:.1f} GiB free. Lower train.keep_checkpoints or change output.'
+        )

@@ -1,0 +1,152 @@
+"""One optimizer step and one evaluation step: pure functions of (state, batch).
+
+A batch comes as microbatches `[A, R, ...]`. Every sum is divided by the counts of the whole step, so accumulated
+gradients are exactly those of the whole batch, however unequal its rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxpo import objective as objectives
+from jaxpo.logps import token_statistics
+from jaxpo.losses import scores
+from jaxpo.models.decoder import Decoder, head_weight
+from jaxpo.objective import Objective
+from jaxpo.state import TrainState
+from jaxpo.types import Batch, Completion
+
+Metrics = dict[str, jax.Array]
+
+
+def scored_logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> jax.Array:
+    """Log-probabilities of a microbatch's scored tokens, `[R, S]`. Hidden states are gathered before the head."""
+    hidden = decoder.apply({'params': params}, batch.tokens, batch.positions, batch.segment, batch.branch)
+    hidden = jnp.take_along_axis(hidden, batch.source[..., None], axis=1)
+    softcap = decoder.architecture.final_softcap
+    return token_statistics(hidden, head_weight(params), batch.target, softcap=softcap, mesh=mesh).logps
+
+
+def completions(policy: jax.Array, references: list[jax.Array], batch: Batch) -> tuple[Completion, Completion]:
+    """Scored tokens `[R, S]` of policy and K references -> chosen and rejected Completions of B = R * P pairs."""
+
+    def side(place, weights):
+        rows, pairs, tokens = place.shape
+
+        def pick(logps):
+            picked = jnp.take_along_axis(logps, place.reshape(rows, -1), axis=1)
+            return picked.reshape(rows * pairs, tokens)
+
+        none = jnp.zeros((0, rows * pairs, tokens))
+        reference_logps = jnp.stack([pick(logps) for logps in references]) if references else none
+        weights = weights.reshape(rows * pairs, tokens)
+        return Completion(pick(policy), jax.lax.stop_gradient(reference_logps), weights)
+
+    return side(batch.chosen, batch.chosen_weights), side(batch.rejected, batch.rejected_weights)
+
+
+def _microbatch_loss(params, reference_params, batch, counts, hyperparameters, *, decoder, objective, mesh):
+    references = [scored_logps(decoder, reference, batch, mesh) for reference in reference_params.values()]
+    chosen, rejected = completions(scored_logps(decoder, params, batch, mesh), references, batch)
+    weight = batch.pair_weight.reshape(-1)
+    return objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
+
+
+def _counts(batch: Batch) -> dict[str, jax.Array]:
+    """Pairs and chosen tokens of the whole step, at least 1."""
+    return {
+        'pairs': jnp.maximum(batch.pair_weight.sum(), 1.0),
+        'tokens': jnp.maximum(batch.chosen_weights.sum(), 1.0),
+    }
+
+
+def make_train_step(
+    decoder: Decoder, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]:
+    """The step `(state, batch [A, R, ...], settings) -> (state, metrics)`, to be jitted with the state donated.
+
+    `settings` are traced: `learning_rate` (a scalar) and `objective` (as `Objective.hyperparameters`). A loss or
+    gradient that is not finite changes neither parameters nor optimizer, and metrics `finite` says 0.
+    """
+
+    def gradients(params, reference_params, microbatch, counts, hyperparameters):
+        (_, metrics), gradient = jax.value_and_grad(_microbatch_loss, has_aux=True)(
+            params,
+            reference_params,
+            microbatch,
+            counts,
+            hyperparameters,
+            decoder=decoder,
+            objective=objective,
+            mesh=mesh,
+        )
+        return gradient, metrics
+
+    def train_step(state, batch, settings):
+        counts = _counts(batch)
+
+        def part(microbatch):
+            return gradients(state.params, state.reference_params, microbatch, counts, settings['objective'])
+
+        gradient, metrics = _sum_over_microbatches(part, batch)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - settings['learning_rate'] * u, state.params, updates)
+
+        def keep_if_broken(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = state.replace(
+            step=state.step + 1,
+            params=keep_if_broken(params, state.params),
+            opt_state=keep_if_broken(opt_state, state.opt_state),
+        )
+        extra = {'grad_norm': norm, 'num_tokens': (batch.segment > 0).sum(), 'finite': finite}
+        return state, {**metrics, **extra, 'learning_rate': settings['learning_rate']}
+
+    return train_step
+
+
+def make_eval_step(
+    decoder: Decoder, objective: Objective, mesh: Mesh | None
+) -> Callable[[TrainState, Batch, dict[str, Any]], Metrics]:
+    """The step `(params, reference_params, batch [A, R, ...], hyperparameters) -> metrics`, means over its pairs.
+
+    No gradients are computed. Beside the objective's metrics it returns `pairs` and `tokens`, which the means are over,
+    and `log_ratios/chosen`, `log_ratios/rejected`: log pi - log pi_ref of a completion, where there is a reference.
+    """
+
+    def eval_step(params, reference_params, batch, hyperparameters):
+        counts = _counts(batch)
+
+        def part(microbatch):
+            references = [scored_logps(decoder, p, microbatch, mesh) for p in reference_params.values()]
+            chosen, rejected = completions(scored_logps(decoder, params, microbatch, mesh), references, microbatch)
+            weight = microbatch.pair_weight.reshape(-1)
+            _, metrics = objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
+            if not references:
+                return metrics
+            ratios = {'chosen': scores.log_ratio(chosen), 'rejected': scores.log_ratio(rejected)}
+            return metrics | {f'log_ratios/{k}': (v * weight).sum() / counts['pairs'] for k, v in ratios.items()}
+
+        return {**_sum_over_microbatches(part, batch), 'pairs': counts['pairs'], 'tokens': counts['tokens']}
+
+    return eval_step
+
+
+def _sum_over_microbatches(part, batch: Batch):
+    """Sum of `part(microbatch)` over the leading axis of a batch, one microbatch at a time."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return part(first)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, first))
+
+    def add(total, microbatch):
+        return jax.tree.map(jnp.add, total, part(microbatch)), None
+
+    return jax.lax.scan(add, nothing, batch)[0]
