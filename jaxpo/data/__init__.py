@@ -1,0 +1,1 @@
+"""Preference data on the host: source rows -> text -> tokens -> audited pairs -> rows of a batch. numpy only."""
