@@ -119,8 +119,8 @@ def _refuse(config: dict[str, Any], family: str) -> None:
     for key in switches:
         if config.get(key):
             raise InputError(
-                f'{key!r} in config.json is {config[key]!r}, which is not supported for model_type {family!r}. '
-                f'Supported families: {", ".join(FAMILIES)}.'
+                f'{key!r} in config.json is {config[key]!r}, which is not supported for model_type '
+                f'{family!r}. Supported families: {", ".join(FAMILIES)}.'
             )
 
 
@@ -130,9 +130,7 @@ def _head_dim(config: dict[str, Any], family: str, heads: int) -> int:
     else:
         width = _integer(config, 'hidden_size')
         if width % heads:
-            raise InputError(
-                f'hidden_size {width} in config.json is no multiple of num_attention_heads {heads}.'
-            )
+            raise InputError(f'hidden_size {width} in config.json is no multiple of num_attention_heads {heads}.')
         head_dim = width // heads
     if head_dim % 2:
         raise InputError(f'head_dim {head_dim} in config.json is odd: rotary embeddings turn pairs.')
@@ -152,7 +150,7 @@ def _key_value_heads(config: dict[str, Any], heads: int) -> int:
 
 def _activation(config: dict[str, Any], family: str) -> str:
     if family == 'gemma2':
-        # Gemma's first configs say hidden_act 'gelu' but mean the tanh form; hidden_activation came to settle it.
+        # Gemma's hidden_act may say 'gelu' and mean the tanh form; hidden_activation is what is computed.
         activation = config.get('hidden_activation') or 'gelu_pytorch_tanh'
     else:
         activation = _required(config, 'hidden_act')
@@ -169,7 +167,7 @@ def _softcap(config: dict[str, Any], key: str) -> float | None:
 
 
 def _rope(config: dict[str, Any], family: str) -> tuple[float, Llama3Scaling | None]:
-    """Base and scaling of the rotary embeddings, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
+    """Base and scaling of the rotary embeddings, from either spelling of the config."""
     parameters = {**(config.get('rope_scaling') or {}), **(config.get('rope_parameters') or {})}
     kind = parameters.get('rope_type', parameters.get('type', 'default'))
     theta = parameters.get('rope_theta', config.get('rope_theta'))

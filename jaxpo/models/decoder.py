@@ -1,0 +1,278 @@
+"""One Flax Linen decoder for every family: its fields come from an `Architecture`, its layers from one scan.
+
+Parameters are float32; linear kernels are `[in, out]`; the layers' parameters are stacked on their first axis:
+
+    embedding [V, D]                                     final_norm [D]      head [V, D], only where untied
+    layers/attention_norm, mlp_norm, attention_post_norm?, mlp_post_norm? [L, D]
+    layers/attention/query [L, D, H * Dh], key, value [L, D, K * Dh], output [L, H * Dh, D],
+                     query_bias?, key_bias?, value_bias?, output_bias?, query_norm?, key_norm? [L, Dh]
+    layers/mlp/gate, up [L, D, F], down [L, F, D]
+
+Norm weights are as in the checkpoint: where `norm_offset` is 1 they are what is added to 1.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpo.errors import unknown
+from jaxpo.models.architecture import Architecture
+from jaxpo.models.attention import attend, rotary, rotate, visible
+
+REMAT_POLICIES = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'silu': jax.nn.silu,
+    'gelu_pytorch_tanh': lambda gate: jax.nn.gelu(gate, approximate=True),
+}
+_normal = nn.initializers.normal(0.02)
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of tokens already read, for generation: S slots a row, the first `used` of them written.
+
+    The cached tokens of a row are one sequence: branches are not kept.
+    """
+
+    key: jax.Array  # [L, R, S, K, Dh] in the compute dtype, rotated
+    value: jax.Array  # [L, R, S, K, Dh]
+    positions: jax.Array  # [R, S] int32
+    segment: jax.Array  # [R, S] int32; 0 where a slot is padding or not yet written
+    used: jax.Array  # int32, of all rows
+
+
+def empty_cache(architecture: Architecture, rows: int, slots: int, dtype: Any) -> Cache:
+    """A cache with room for `slots` tokens in each of `rows` rows."""
+    shape = (architecture.layers, rows, slots, architecture.key_value_heads, architecture.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        positions=jnp.zeros((rows, slots), jnp.int32),
+        segment=jnp.zeros((rows, slots), jnp.int32),
+        used=jnp.zeros((), jnp.int32),
+    )
+
+
+class Surroundings(NamedTuple):
+    """What every layer of one call is told: who sees whom, how far apart, and how positions turn heads."""
+
+    mask: jax.Array  # [R, T, S] bool, windows aside
+    distance: jax.Array  # [R, T, S] int32: position of the query minus that of the key
+    cosine: jax.Array  # [R, T, 1, Dh / 2]
+    sine: jax.Array
+    slot: jax.Array | None  # int32: where in the cache the call's tokens go
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states; the head is applied elsewhere (see `head_weight`).
+
+    `dtype` is that of activations and matrix products (norms, rotations and softmax are float32). `remat` says what
+    the backward pass recomputes of each layer: 'none', 'dots' (all but matrix products) or 'full'.
+    """
+
+    architecture: Architecture
+    dtype: Any = jnp.float32
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment: jax.Array,
+        branch: jax.Array,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Hidden states `[R, T, D]` after the final norm, of int32 `[R, T]` arrays as in `jaxpo.types.Batch`.
+
+        A token id outside the vocabulary gives NaN. With a `cache` the tokens also see what it holds and are added
+        to it, and the result is (hidden, new cache); the caller keeps `used + T` within its slots.
+        """
+        architecture = self.architecture
+        shape = (architecture.vocabulary, architecture.width)
+        embedding = self.param('embedding', _normal, shape)
+        if not architecture.tied:
+            self.param('head', _normal, shape)  # applied elsewhere, but made and checked with the rest
+        hidden = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        hidden = hidden * jnp.asarray(architecture.embedding_scale, self.dtype)
+
+        place = (positions, segment, branch)
+        key_place, past, slot = place, None, None
+        if cache is not None:
+            cache = _note(cache, positions, segment)
+            key_place = (cache.positions, cache.segment, jnp.zeros_like(cache.segment))
+            past, slot = (cache.key, cache.value), cache.used - tokens.shape[1]
+        surroundings = Surroundings(
+            visible(place, key_place),
+            positions[:, :, None] - key_place[0][:, None, :],
+            *rotary(architecture, positions),
+            slot,
+        )
+        layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, name='layers')
+        hidden, new = layers(hidden, past, _windows(architecture), surroundings)
+        hidden = _norm(self, 'final_norm', hidden)
+        if cache is None:
+            return hidden
+        key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(past, new))
+        return hidden, cache.replace(key=key, value=value)
+
+
+class Layer(nn.Module):
+    """One decoder layer. Returns (hidden, its tokens' keys and values where there is a cache)."""
+
+    architecture: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: jax.Array,
+        past: tuple[jax.Array, jax.Array] | None,
+        window: jax.Array | None,
+        surroundings: Surroundings,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        if window is not None:
+            mask = surroundings.mask & (surroundings.distance < window)
+            surroundings = surroundings._replace(mask=mask)
+        attention = Attention(self.architecture, self.dtype, name='attention')
+        update, new = attention(_norm(self, 'attention_norm', hidden), past, surroundings)
+        if self.architecture.post_norms:
+            update = _norm(self, 'attention_post_norm', update)
+        hidden = hidden + update
+        update = MLP(self.architecture, self.dtype, name='mlp')(_norm(self, 'mlp_norm', hidden))
+        if self.architecture.post_norms:
+            update = _norm(self, 'mlp_post_norm', update)
+        return hidden + update, new
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; returns (update, keys and values as `Layer` does)."""
+
+    architecture: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, past: tuple[jax.Array, jax.Array] | None, surroundings: Surroundings
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        architecture = self.architecture
+        bias = architecture.qkv_bias
+        query = self._heads('query', hidden, architecture.heads, bias)
+        key = self._heads('key', hidden, architecture.key_value_heads, bias)
+        value = self._heads('value', hidden, architecture.key_value_heads, bias)
+        if architecture.query_key_norm:
+            query = _norm(self, 'query_norm', query)
+            key = _norm(self, 'key_norm', key)
+        query = rotate(query, surroundings.cosine, surroundings.sine)
+        key = rotate(key, surroundings.cosine, surroundings.sine)
+        new = None
+        if past is not None:
+            new = (key, value)
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(*pair, surroundings.slot, axis=1) for pair in zip(past, new)
+            )
+        mixed = attend(
+            query,
+            key,
+            value,
+            surroundings.mask,
+            scale=architecture.query_scale,
+            softcap=architecture.attention_softcap,
+        )
+        return _linear(self, 'output', mixed, architecture.width, architecture.output_bias), new
+
+    def _heads(self, name: str, hidden: jax.Array, heads: int, bias: bool) -> jax.Array:
+        flat = _linear(self, name, hidden, heads * self.architecture.head_dim, bias)
+        return flat.reshape(*hidden.shape[:-1], heads, self.architecture.head_dim)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward block."""
+
+    architecture: Architecture
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.architecture.activation]
+        gate = _linear(self, 'gate', hidden, self.architecture.hidden)
+        up = _linear(self, 'up', hidden, self.architecture.hidden)
+        return _linear(self, 'down', activation(gate) * up, self.architecture.width)
+
+
+def init_params(architecture: Architecture, key: jax.Array) -> dict[str, Any]:
+    """Random float32 parameters: kernels and embeddings normal with deviation 0.02, norms identity, biases 0."""
+    place = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(architecture).init(key, place, place, place, place)['params']
+
+
+def abstract_params(architecture: Architecture) -> dict[str, Any]:
+    """The parameter tree as shapes and dtypes (`jax.ShapeDtypeStruct`), without making any array."""
+    return jax.eval_shape(lambda key: init_params(architecture, key), jax.random.key(0))
+
+
+def head_weight(params: dict[str, Any]) -> jax.Array:
+    """The head `[V, D]`: that of the tree, or the embedding where they are tied."""
+    return params['head'] if 'head' in params else params['embedding']
+
+
+def _norm(module: nn.Module, name: str, values: jax.Array) -> jax.Array:
+    """RMSNorm of the last axis, in float32, by the module's own parameter `name`."""
+    architecture = module.architecture
+    weight = module.param(name, nn.initializers.constant(1 - architecture.norm_offset), (values.shape[-1],))
+    values32 = values.astype(jnp.float32)
+    mean_square = jnp.mean(values32 * values32, axis=-1, keepdims=True)
+    normal = values32 * jax.lax.rsqrt(mean_square + architecture.norm_epsilon)
+    scale = (architecture.norm_offset + weight).reshape((1,) * (values.ndim - 1) + weight.shape)
+    return (normal * scale).astype(module.dtype)
+
+
+def _linear(module: nn.Module, name: str, values: jax.Array, width: int, bias: bool = False) -> jax.Array:
+    """values @ kernel (+ bias), by the module's own parameters `name` and `name`_bias."""
+    kernel = module.param(name, _normal, (values.shape[-1], width))
+    product = values @ kernel.astype(module.dtype)
+    if bias:
+        weight = module.param(f'{name}_bias', nn.initializers.zeros, (width,))
+        product = product + weight.astype(module.dtype).reshape((1,) * (values.ndim - 1) + (width,))
+    return product
+
+
+def _scanned(remat: str, layers: int) -> Any:
+    """The `Layer` class, rematerialised as asked and scanned over parameters, cache and windows."""
+    if remat not in ('none', *REMAT_POLICIES):
+        raise unknown('remat', remat, ('none', *REMAT_POLICIES))
+    layer = Layer
+    if remat != 'none':
+        layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan prevents it already
+    return nn.scan(
+        layer,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, 0, nn.broadcast),
+        length=layers,
+    )
+
+
+def _windows(architecture: Architecture) -> jax.Array | None:
+    """int32 [L]: the window of each layer, beyond any distance where it has none; None where no layer has one."""
+    if all(window is None for window in architecture.windows):
+        return None
+    unlimited = jnp.iinfo(jnp.int32).max
+    return jnp.asarray([window or unlimited for window in architecture.windows], jnp.int32)
+
+
+def _note(cache: Cache, positions: jax.Array, segment: jax.Array) -> Cache:
+    """The cache with the places of new tokens written; their keys and values come from the layers."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    return cache.replace(
+        positions=write(cache.positions, positions, cache.used, axis=1),
+        segment=write(cache.segment, segment, cache.used, axis=1),
+        used=cache.used + positions.shape[1],
+    )
