@@ -3,7 +3,6 @@
 Masks and ends come from lengths and rules, never from token ids, so nothing here depends on a padding token.
 """
 
-import collections
 import json
 import pathlib
 from collections.abc import Sequence
@@ -80,8 +79,9 @@ def audit(
             )
             _check_pair(pair, rows_config)
             notes = [*_fitting_notes(tokenized), *seen.add(pair)]
-        except Rejection as reason:
-            ledger.rejected[str(reason)].append(row.origin)
+        except Rejection as rejection:
+            detail = f' ({rejection.detail})' if rejection.detail else ''
+            ledger.rejected[rejection.reason].append(row.origin + detail)
             continue
         pairs.append(pair)
         for note in notes:
@@ -95,7 +95,7 @@ class _Ledger:
     """Origins of rows by reason."""
 
     def __init__(self):
-        self.rejected = collections.defaultdict(list, {reason: [] for reason in REJECTIONS})
+        self.rejected = {reason: [] for reason in REJECTIONS}
         self.noted = {note: [] for note in NOTES}
 
 

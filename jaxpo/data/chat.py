@@ -10,11 +10,12 @@
 """
 
 import dataclasses
+import functools
 
 import jinja2
 import numpy as np
 
-from jaxpo.data.sources import Example, Message, Rejection
+from jaxpo.data.sources import Example, Message, Rejection, prompt_of
 from jaxpo.errors import InputError
 
 SENTINEL = 'completionGoesHere'
@@ -30,6 +31,14 @@ class Tokenized:
     prompt_trimmed: bool
     completions_cut: int
     boundary_mismatches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    text: str
+    bare: list[int]  # ids of the text as it is
+    ids: np.ndarray  # with the BOS it lacked, trimmed
+    trimmed: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,34 +66,39 @@ def check_template(tokenizer) -> None:
 def prompt_ids(prompt: str | list[Message], tokenizer, max_prompt_tokens: int) -> np.ndarray:
     """Ids [<= max_prompt_tokens] int32 that a completion follows: the same for training and for generation.
 
-    Rejection: the chat template refuses the conversation.
+    InputError: not a prompt, no template to write it, refused by the template, or no token in it.
     """
-    ids, _ = _trimmed(
-        _prompt_head(prompt, tokenizer) + _ids(_prompt_text(prompt, tokenizer), tokenizer), tokenizer, max_prompt_tokens
-    )
-    return ids
+    prompt = prompt_of(prompt)
+    if not isinstance(prompt, str):
+        check_template(tokenizer)
+    return _prompt(prompt, tokenizer, max_prompt_tokens).ids
 
 
 def tokenize(example: Example, tokenizer, max_prompt_tokens: int, max_completion_tokens: int) -> Tokenized:
     """Ids of a preference. Rejection: why it has none."""
-    text = _prompt_text(example.prompt, tokenizer)
-    bare = _ids(text, tokenizer)
-    prompt, trimmed = _trimmed(_prompt_head(example.prompt, tokenizer) + bare, tokenizer, max_prompt_tokens)
-    if not prompt.size:
-        raise Rejection('empty prompt')
+    prompt = _prompt(example.prompt, tokenizer, max_prompt_tokens)
     frame = None if isinstance(example.prompt, str) else _frame(example.prompt, tokenizer)
     chosen, rejected = (
-        _answer(example.prompt, completion, text, bare, frame, tokenizer, max_completion_tokens)
+        _answer(example.prompt, completion, prompt, frame, tokenizer, max_completion_tokens)
         for completion in (example.chosen, example.rejected)
     )
     return Tokenized(
-        prompt,
+        prompt.ids,
         chosen.ids,
         rejected.ids,
-        trimmed,
+        prompt.trimmed,
         int(chosen.cut) + int(rejected.cut),
         int(chosen.mismatch) + int(rejected.mismatch),
     )
+
+
+def _prompt(prompt: str | list[Message], tokenizer, limit: int) -> _Prompt:
+    text = prompt if isinstance(prompt, str) else _render(prompt, tokenizer, add_generation_prompt=True)
+    bare = _ids(text, tokenizer)
+    ids, trimmed = _trimmed(_prompt_head(prompt, tokenizer) + bare, tokenizer, limit)
+    if not ids.size:
+        raise Rejection('empty prompt')
+    return _Prompt(text, bare, ids, trimmed)
 
 
 def _ids(text: str, tokenizer) -> list[int]:
@@ -113,15 +127,11 @@ def _trimmed(ids: list[int], tokenizer, limit: int) -> tuple[np.ndarray, bool]:
     return np.asarray(ids, np.int32), trimmed
 
 
-def _prompt_text(prompt: str | list[Message], tokenizer) -> str:
-    return prompt if isinstance(prompt, str) else _render(prompt, tokenizer, add_generation_prompt=True)
-
-
 def _render(messages: list[Message], tokenizer, *, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
-        raise Rejection('refused by the chat template') from error
+        raise Rejection('refused by the chat template', str(error)) from error
 
 
 def _frame(prompt: list[Message], tokenizer) -> tuple[str, str]:
@@ -138,12 +148,18 @@ def _frame(prompt: list[Message], tokenizer) -> tuple[str, str]:
 
 def _closing(after: str, tokenizer) -> tuple[str, bool]:
     """The template's text after an answer, up to its first control token, and whether there is one."""
-    controls = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    controls = _control_tokens(tokenizer, len(tokenizer))
     places = [(after.find(token), -len(token)) for token in controls if token in after]
     if not places:
         return after.rstrip(), False
     start, negative_length = min(places)
     return after[: start - negative_length], True
+
+
+@functools.lru_cache(maxsize=4)
+def _control_tokens(tokenizer, size: int) -> frozenset[str]:
+    """Tokens that text is never merged into. `size` notices a grown vocabulary."""
+    return frozenset({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
 
 
 def _chat_completion(prompt, message, text, frame, tokenizer) -> tuple[str, bool, bool]:
@@ -158,14 +174,14 @@ def _chat_completion(prompt, message, text, frame, tokenizer) -> tuple[str, bool
     return whole[len(start) : len(whole) - len(after)] + closing, closed, differs
 
 
-def _answer(prompt, completion, text, bare, frame, tokenizer, limit) -> _Answer:
-    """Ids of one completion behind a prompt whose `text` has the ids `bare`, both before trimming."""
+def _answer(prompt, completion, head: _Prompt, frame, tokenizer, limit: int) -> _Answer:
+    """Ids of one completion behind its prompt; `frame` is None for plain text."""
     differs = closed = False
     if frame is not None:
-        completion, closed, differs = _chat_completion(prompt, completion, text, frame, tokenizer)
-    whole = _ids(text + completion, tokenizer)
-    mismatch = whole[: len(bare)] != bare
-    ids = _ids(completion, tokenizer) if mismatch else whole[len(bare) :]
+        completion, closed, differs = _chat_completion(prompt, completion, head.text, frame, tokenizer)
+    whole = _ids(head.text + completion, tokenizer)
+    mismatch = whole[: len(head.bare)] != head.bare
+    ids = _ids(completion, tokenizer) if mismatch else whole[len(head.bare) :]
     if not closed and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     if len(ids) < 2:

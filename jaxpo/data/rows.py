@@ -83,10 +83,15 @@ def plan_rows(lengths: np.ndarray, rows: config.Rows, row_multiple: int = 1) -> 
 
 
 def _row_counts(used: int, microbatch: int, row_multiple: int) -> tuple[int, int]:
-    """Microbatches, and rows of each, for `used` rows."""
+    """Microbatches, and rows of each, for `used` rows: as few microbatches as do, all of one size.
+
+    Above 4 times `row_multiple`, sizes come in quarters of a power of two (5, 6, 7, 8, 10, 12, 14, 16, 20, ...),
+    so that batches of nearly the same size share a shape.
+    """
     microbatches = -(-used // microbatch)
-    rows = microbatch if microbatches > 1 else -(-used // row_multiple) * row_multiple
-    return microbatches, rows
+    units = -(-used // (microbatches * row_multiple))
+    step = 2 ** max(0, (units - 1).bit_length() - 3)
+    return microbatches, min(microbatch, -(-units // step) * step * row_multiple)
 
 
 def _quarters(count: int, length: int) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from jaxpo.errors import InputError, unknown
 
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.parquet')
+HUB_ID = re.compile(r'\w[\w-]*|\w[\w.-]*/[\w.-]+')
 Message = dict[str, str]
 
 
@@ -39,8 +40,13 @@ class Example:
     rejected: str | Message
 
 
-class Rejection(ValueError):
-    """Why one row cannot be used; its text is a reason the audit counts."""
+class Rejection(InputError):
+    """Why one row cannot be used: a reason the audit counts, and what more is known of this row."""
+
+    def __init__(self, reason: str, detail: str = ''):
+        super().__init__(f'{reason}: {detail}' if detail else reason)
+        self.reason = reason
+        self.detail = detail
 
 
 def read_rows(source: str, split: str = 'train', revision: str | None = None) -> list[Row]:
@@ -55,7 +61,7 @@ def read_rows(source: str, split: str = 'train', revision: str | None = None) ->
         raise InputError(f'Data source {source!r} is a directory; expected a file ({", ".join(SUFFIXES)}).')
     if path.is_file():
         rows = _read_file(path)
-    elif source.endswith(SUFFIXES) or not re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', source):
+    elif source.endswith(SUFFIXES) or not HUB_ID.fullmatch(source):
         raise _missing_file(path)
     else:
         rows = _read_hub(source, split, revision)
@@ -155,24 +161,23 @@ def _dataset_row(dataset, number: int, origin: str) -> Row:
 
 
 def check_columns(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """InputError where no row has a needed column, where text has no prompt, or an extra column is not a number."""
+    """InputError where no row at all has a needed column or an extra one, or text has no prompt."""
     readable = [row for row in rows if row.fields is not None]
     found = sorted({name for row in readable for name in row.fields})
     for name in ('chosen', 'rejected', *columns):
         if readable and name not in found:
-            raise unknown(f'column (rows need prompt, chosen, rejected{_listed(columns)})', name, found)
+            near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
+            hint = f' Did you mean {near[0]!r}?' if near else ''
+            raise InputError(
+                f'{readable[0].origin}: no column {name!r}.{hint} Found: {", ".join(found) or "none"}. '
+                f'Expected: {", ".join(("prompt", "chosen", "rejected", *columns))}.'
+            )
     first = next((row for row in readable if isinstance(row.fields.get('chosen'), str)), None)
     if first is not None and 'prompt' not in found:
         raise InputError(
             f'{first.origin}: plain-text chosen and rejected need a column prompt (only whole conversations, '
             f'as messages, may leave it out). Found: {", ".join(found)}.'
         )
-    for row in readable:
-        numeric_columns(row, columns)
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ''.join(f', {name}' for name in columns)
 
 
 def numeric_columns(row: Row, columns: Sequence[str]) -> dict[str, float]:
@@ -205,12 +210,12 @@ def example_of(fields: dict) -> Example:
     if isinstance(chosen, str):
         if isinstance(prompt, str):
             return Example(prompt, chosen, rejected)
-        return Example(_prompt_messages(prompt), _assistant(chosen), _assistant(rejected))
+        return Example(prompt_of(prompt), _assistant(chosen), _assistant(rejected))
     chosen, rejected = _messages(chosen), _messages(rejected)
     if prompt is None or isinstance(prompt, str):
         turns = _common_turns(chosen, rejected)
         prompt, chosen, rejected = _split(chosen[:turns], prompt), chosen[turns:], rejected[turns:]
-    return Example(_prompt_messages(prompt), _one_turn(chosen, 'chosen'), _one_turn(rejected, 'rejected'))
+    return Example(prompt_of(prompt), _one_turn(chosen, 'chosen'), _one_turn(rejected, 'rejected'))
 
 
 def _assistant(content: str) -> Message:
@@ -227,7 +232,10 @@ def _messages(value) -> list[Message]:
     return messages
 
 
-def _prompt_messages(prompt) -> list[Message]:
+def prompt_of(prompt) -> str | list[Message]:
+    """A prompt as text or as messages, checked. Rejection: it is neither, or no assistant's turn can follow."""
+    if isinstance(prompt, str):
+        return prompt
     if prompt is None or prompt == []:
         raise Rejection('empty prompt')
     messages = _messages(prompt)
