@@ -121,16 +121,16 @@ class Evaluate:
     pairs: int | None = None
     """Held-out pairs to score; None scores all."""
     sample_prompts: int = 0
-    """Held-out prompts to sample completions for, before and after training; 0 samples none."""
+    """Held-out prompts to sample two completions each for, as `sample` says; 0 samples none."""
     show: int = 3
-    """Sampled completions to print before and after."""
+    """Prompts of which to print a completion from before and after training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     prompts: str = ''
-    """Prompts of `jaxpo sample`: a .txt file (one prompt a line) or .jsonl file (`prompt`: text or messages).
-    Empty: the prompts of the evaluation pairs."""
+    """Prompts of `jaxpo sample`: a .txt file (one prompt a line) or pairs as in `data`. Empty: those of
+    `data.evaluation`."""
     completions: int = 1
     """Completions of each prompt."""
     max_new_tokens: int = 64
@@ -164,7 +164,8 @@ class Config:
     """Directory of the run: config, report, metrics, checkpoints."""
     model: Model = Model()
     references: dict[str, Reference] = dataclasses.field(default_factory=lambda: {'initial': Reference()})
-    """Frozen models the policy is measured against, by name. Dropped where no loss reads one."""
+    """Frozen models the policy is measured against, by name. One that no loss reads serves evaluation only (the KL to
+    it); `{}` holds none."""
     objective: dict[str, dict[str, Scalar]] = dataclasses.field(default_factory=lambda: {'dpo': {}})
     """Losses by name, each with its hyperparameters and a `weight`."""
     data: Data = Data()

@@ -4,7 +4,8 @@ A batch comes as microbatches `[A, R, ...]`. Every sum is divided by the counts 
 gradients are exactly those of the whole batch, however unequal its rows.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,15 @@ from jaxpo.state import TrainState
 from jaxpo.types import Batch, Completion
 
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """How to compute hidden states of the policy and of each reference, and on which mesh (None: one device)."""
+
+    policy: Decoder
+    references: Mapping[str, Decoder]
+    mesh: Mesh | None
 
 
 def scored_logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> jax.Array:
@@ -49,11 +59,12 @@ def completions(policy: jax.Array, references: list[jax.Array], batch: Batch) ->
     return side(batch.chosen, batch.chosen_weights), side(batch.rejected, batch.rejected_weights)
 
 
-def _microbatch_loss(params, reference_params, batch, counts, hyperparameters, *, decoder, objective, mesh):
-    references = [scored_logps(decoder, reference, batch, mesh) for reference in reference_params.values()]
-    chosen, rejected = completions(scored_logps(decoder, params, batch, mesh), references, batch)
-    weight = batch.pair_weight.reshape(-1)
-    return objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
+def _sides(models: Models, params, reference_params, batch: Batch) -> tuple[Completion, Completion]:
+    policy = scored_logps(models.policy, params, batch, models.mesh)
+    references = [
+        scored_logps(decoder, reference_params[name], batch, models.mesh) for name, decoder in models.references.items()
+    ]
+    return completions(policy, references, batch)
 
 
 def _counts(batch: Batch) -> dict[str, jax.Array]:
@@ -65,7 +76,7 @@ def _counts(batch: Batch) -> dict[str, jax.Array]:
 
 
 def make_train_step(
-    decoder: Decoder, objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    models: Models, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]:
     """The step `(state, batch [A, R, ...], settings) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -73,24 +84,17 @@ def make_train_step(
     gradient that is not finite changes neither parameters nor optimizer, and metrics `finite` says 0.
     """
 
-    def gradients(params, reference_params, microbatch, counts, hyperparameters):
-        (_, metrics), gradient = jax.value_and_grad(_microbatch_loss, has_aux=True)(
-            params,
-            reference_params,
-            microbatch,
-            counts,
-            hyperparameters,
-            decoder=decoder,
-            objective=objective,
-            mesh=mesh,
-        )
-        return gradient, metrics
+    def loss(params, reference_params, microbatch, counts, hyperparameters):
+        chosen, rejected = _sides(models, params, reference_params, microbatch)
+        weight = microbatch.pair_weight.reshape(-1)
+        return objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
 
     def train_step(state, batch, settings):
         counts = _counts(batch)
 
         def part(microbatch):
-            return gradients(state.params, state.reference_params, microbatch, counts, settings['objective'])
+            given = (state.params, state.reference_params, microbatch, counts, settings['objective'])
+            return jax.grad(loss, has_aux=True)(*given)
 
         gradient, metrics = _sum_over_microbatches(part, batch)
         norm = optax.global_norm(gradient)
@@ -112,9 +116,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    decoder: Decoder, objective: Objective, mesh: Mesh | None
-) -> Callable[[TrainState, Batch, dict[str, Any]], Metrics]:
+def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metrics]:
     """The step `(params, reference_params, batch [A, R, ...], hyperparameters) -> metrics`, means over its pairs.
 
     No gradients are computed. Beside the objective's metrics it returns `pairs` and `tokens`, which the means are over,
@@ -125,11 +127,10 @@ def make_eval_step(
         counts = _counts(batch)
 
         def part(microbatch):
-            references = [scored_logps(decoder, p, microbatch, mesh) for p in reference_params.values()]
-            chosen, rejected = completions(scored_logps(decoder, params, microbatch, mesh), references, microbatch)
+            chosen, rejected = _sides(models, params, reference_params, microbatch)
             weight = microbatch.pair_weight.reshape(-1)
             _, metrics = objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
-            if not references:
+            if not models.references:
                 return metrics
             ratios = {'chosen': scores.log_ratio(chosen), 'rejected': scores.log_ratio(rejected)}
             return metrics | {f'log_ratios/{k}': (v * weight).sum() / counts['pairs'] for k, v in ratios.items()}

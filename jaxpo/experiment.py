@@ -1,0 +1,68 @@
+"""An experiment is a Python module whose `get_config()` returns a Config, and which may define a `reward`."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import tyro
+
+from jaxpo import objective
+from jaxpo.config import Config
+from jaxpo.errors import InputError, unknown
+
+Reward = Callable[[str, str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A resolved experiment: its module's config with the command line's overrides."""
+
+    path: pathlib.Path
+    config: Config
+    reward: Reward | None  # (prompt, completion) -> a number, larger is better
+
+
+def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
+    """Imports the module at `path` and overrides its config.
+
+    Args:
+      overrides: `--section.field value` words, as typed.
+      command: the command's name, for messages.
+
+    Raises:
+      InputError: no such file, no get_config, or not a Config. A wrong override prints its own message, the nearest
+        setting included, and exits with code 2.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        neighbours = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
+        raise unknown('experiment', path, neighbours)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise InputError(f'{path} is not a Python module (.py).')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+        raise InputError(f'{path} defines no get_config(). It returns the jaxpo.config.Config to run.')
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
+    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective))
+    config = tyro.cli(Config, default=config, args=list(overrides), prog=f'jaxpo {command} {path}')
+    return Experiment(file, config, getattr(module, 'reward', None))
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON: all that is needed to repeat the run."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def digest(config: Config) -> str:
+    """A short name for what a run computes: settings that only place, show or export it are left out."""
+    computed = dataclasses.asdict(config)
+    for name in ('output', 'mesh', 'sample', 'export'):
+        del computed[name]
+    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,208 @@
+"""What every command sets up first: an experiment checked, its model opened, its pairs audited, its state loaded."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import transformers
+from jax.sharding import Mesh
+
+from jaxpo import config, sharding, state
+from jaxpo import objective as objectives
+from jaxpo.data import audit, rows, sampler, sources
+from jaxpo.errors import InputError
+from jaxpo.experiment import Experiment
+from jaxpo.models.checkpoint import load_params
+from jaxpo.models.decoder import Decoder, abstract_params
+from jaxpo.models.source import Pretrained, open_model
+from jaxpo.objective import Objective
+from jaxpo.state import TrainState
+from jaxpo.types import Batch, Pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked experiment with its model opened; no weights are in memory yet."""
+
+    experiment: Experiment
+    objective: Objective
+    mesh: Mesh
+    pretrained: Pretrained
+    references: dict[str, Pretrained]  # those with sources of their own, not `policy`
+    tokenizer: transformers.PreTrainedTokenizerFast
+    optimizer: optax.GradientTransformation
+
+    @property
+    def config(self) -> config.Config:
+        return self.experiment.config
+
+    @property
+    def directory(self) -> pathlib.Path:
+        return pathlib.Path(self.config.output)
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder(self.pretrained)
+
+    @property
+    def reference_decoders(self) -> dict[str, Decoder]:
+        return {name: self._decoder(self.references.get(name, self.pretrained)) for name in self.config.references}
+
+    @property
+    def row_multiple(self) -> int:
+        """Devices that rows are split over."""
+        return self.mesh.size
+
+    def _decoder(self, pretrained: Pretrained) -> Decoder:
+        dtype = jnp.dtype(self.config.model.dtype)
+        return Decoder(pretrained.architecture, dtype=dtype, remat=self.config.model.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Audited pairs, and the audit's reports by split."""
+
+    train: list[Pair]
+    evaluation: list[Pair]
+    reports: dict[str, dict]
+
+
+def prepare(experiment: Experiment) -> Run:
+    """Checks settings, objective, mesh and models, in that order. InputError before anything expensive."""
+    settings = experiment.config
+    _check_settings(settings)
+    objective = objectives.make(settings.objective, len(settings.references))
+    if settings.model.dtype == 'float32':
+        # Accelerators would otherwise round the factors of float32 products to fewer bits.
+        jax.config.update('jax_default_matmul_precision', 'highest')
+    mesh = sharding.make_mesh(settings.mesh)
+    rows.check_rows(settings.rows, mesh.size)
+    pretrained = open_model(settings.model.source, settings.model.revision, settings.model.tokenizer)
+    tokenizer = pretrained.load_tokenizer()
+    references = {
+        name: _open_reference(name, reference, tokenizer)
+        for name, reference in settings.references.items()
+        if reference.source != 'policy'
+    }
+    optimizer = state.make_optimizer(settings.optimizer)
+    return Run(experiment, objective, mesh, pretrained, references, tokenizer, optimizer)
+
+
+def _check_settings(settings: config.Config) -> None:
+    positive = {
+        'train.batch_pairs': settings.train.batch_pairs,
+        'train.steps': settings.train.steps,
+        'train.log_every': settings.train.log_every,
+        'train.evaluate_every': settings.train.evaluate_every,
+        'train.checkpoint_every': settings.train.checkpoint_every,
+        'train.keep_checkpoints': settings.train.keep_checkpoints,
+        'evaluate.pairs': settings.evaluate.pairs,
+        'sample.completions': settings.sample.completions,
+        'sample.max_new_tokens': settings.sample.max_new_tokens,
+        'sample.batch': settings.sample.batch,
+        'optimizer.learning_rate': settings.optimizer.learning_rate,
+        'optimizer.clip_norm': settings.optimizer.clip_norm,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise InputError(f'{name} must be positive, not {value!r}.')
+    if not settings.output:
+        raise InputError('output is empty: name the directory of the run.')
+    if not settings.model.source:
+        raise InputError('model.source is empty: name a model.')
+    if settings.evaluate.sample_prompts and not settings.data.evaluation:
+        raise InputError('evaluate.sample_prompts samples held-out prompts, but data.evaluation names none.')
+    if settings.optimizer.schedule == 'constant' and settings.optimizer.final_learning_rate_ratio:
+        raise InputError('optimizer.final_learning_rate_ratio has no effect with the schedule constant.')
+
+
+def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretrained:
+    pretrained = open_model(reference.source, reference.revision)
+    if pretrained.load_tokenizer().get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f'references.{name}: its tokenizer differs from the policy, so their tokens cannot be compared.'
+        )
+    return pretrained
+
+
+def read_pairs(run: Run, *, train: bool = True) -> Pairs:
+    """Reads and audits the training and evaluation pairs. InputError where the audit refuses them."""
+    data, settings = run.config.data, run.config.rows
+    train_pairs, evaluation_pairs, reports = [], [], {}
+    if train:
+        raw = sources.read_rows(data.train, data.train_split, data.revision)
+        train_pairs, reports['train'] = audit.audit(raw, run.tokenizer, data, settings)
+    if data.evaluation:
+        raw = sources.read_rows(data.evaluation, data.evaluation_split, data.revision)
+        evaluation_pairs, reports['evaluation'] = audit.audit(raw, run.tokenizer, data, settings, training=train_pairs)
+        evaluation_pairs = evaluation_pairs[: run.config.evaluate.pairs]
+    return Pairs(train_pairs, evaluation_pairs, reports)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How many steps a run takes, and which pairs each of them."""
+
+    settings: config.Train
+    count: int  # training pairs
+
+    @property
+    def steps(self) -> int:
+        epochs, batch = self.settings.epochs, self.settings.batch_pairs
+        return self.settings.steps or sampler.steps_of(epochs, self.count, batch)
+
+    def pairs_of(self, step: int) -> np.ndarray:
+        """Indices of the pairs of `step`, from 0: a pure function of the seed and the step."""
+        batch = self.settings.batch_pairs
+        total = batch * self.steps if self.settings.steps else sampler.items_of(self.settings.epochs, self.count)
+        return sampler.pair_indices(self.settings.seed, step, batch, self.count, total)
+
+
+def make_batch(run: Run, pairs: Sequence[Pair]) -> Batch:
+    """Pairs laid out as microbatches `[A, R, ...]` of rows, on the mesh. Each process makes all, places its own."""
+    batch = rows.fill_rows(pairs, run.config.rows, row_multiple=run.row_multiple)
+    return sharding.put(batch, run.mesh, sharding.MICROBATCHES)
+
+
+def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the TrainState, without making it. InputError where the mesh does not divide it."""
+    dtype = jnp.dtype(run.config.model.dtype)
+
+    def reference(name):
+        shapes = abstract_params(run.reference_decoders[name].architecture)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+    references = {name: reference(name) for name in run.config.references}
+    params = abstract_params(run.pretrained.architecture)
+    shapes = jax.eval_shape(functools.partial(state.create, optimizer=run.optimizer), params, references)
+    shardings = sharding.parameter_shardings(shapes, run.mesh)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return placed, shardings
+
+
+def load_references(run: Run, shardings: TrainState, policy) -> dict[str, Mapping]:
+    """Reference parameters in the compute dtype: copies, so that a donated policy takes none of them along."""
+    cast = jax.jit(
+        lambda params: jax.tree.map(lambda x: jnp.array(x, jnp.dtype(run.config.model.dtype), copy=True), params)
+    )
+    return {
+        name: cast(load_params(run.references[name], shardings.reference_params[name], run.config.train.seed))
+        if name in run.references
+        else cast(policy)
+        for name in run.config.references
+    }
+
+
+def load_state(run: Run) -> TrainState:
+    """The state at step 0, read from the models' sources into its shardings."""
+    shapes, shardings = abstract_state(run)
+    params = load_params(run.pretrained, shardings.params, run.config.train.seed)
+    references = load_references(run, shardings, params)
+    opt_state = jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(np.zeros((), np.int32), shardings.step)
+    return TrainState(step, params, references, opt_state)
