@@ -9,9 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from jaxpo.errors import InputError
 from jaxpo.models.architecture import Architecture
 
@@ -133,8 +130,3 @@ def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
             branch = branch.setdefault(name, {})
         branch[path[-1]] = value
     return tree
-
-
-def abstract_params(architecture: Architecture) -> dict[str, Any]:
-    """The parameter tree as float32 jax.ShapeDtypeStructs, without making a model."""
-    return nest({key.path: jax.ShapeDtypeStruct(key.leaf_shape, np.float32) for key in keys(architecture)})
