@@ -93,9 +93,15 @@ def tokenize(example: Example, tokenizer, max_prompt_tokens: int, max_completion
 
 
 def _prompt(prompt: str | list[Message], tokenizer, limit: int) -> _Prompt:
-    text = prompt if isinstance(prompt, str) else _render(prompt, tokenizer, add_generation_prompt=True)
+    head = []
+    if not isinstance(prompt, str):
+        text = _render(prompt, tokenizer, add_generation_prompt=True)
+    elif adds_bos(tokenizer):
+        head, text = [tokenizer.bos_token_id], prompt.removeprefix(tokenizer.bos_token)
+    else:
+        text = prompt
     bare = _ids(text, tokenizer)
-    ids, trimmed = _trimmed(_prompt_head(prompt, tokenizer) + bare, tokenizer, limit)
+    ids, trimmed = _trimmed(head + bare, tokenizer, limit)
     if not ids.size:
         raise Rejection('empty prompt')
     return _Prompt(text, bare, ids, trimmed)
@@ -105,17 +111,18 @@ def _ids(text: str, tokenizer) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
+def _ids_apart(text: str, tokenizer) -> list[int]:
+    """Ids of a text that continues another: behind a line break, as some tokenizers put a space before a text's
+    first word."""
+    break_ids = _ids('\n', tokenizer)
+    ids = _ids('\n' + text, tokenizer)
+    return ids[len(break_ids) :] if ids[: len(break_ids)] == break_ids else _ids(text, tokenizer)
+
+
 def adds_bos(tokenizer) -> bool:
     """Whether the tokenizer itself puts its BOS in front of a text."""
     first = tokenizer.encode('a', verbose=False)[:1]
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-
-
-def _prompt_head(prompt, tokenizer) -> list[int]:
-    """The BOS a plain-text prompt lacks; a template writes its own or wants none."""
-    if not isinstance(prompt, str) or not adds_bos(tokenizer) or prompt.startswith(tokenizer.bos_token):
-        return []
-    return [tokenizer.bos_token_id]
 
 
 def _trimmed(ids: list[int], tokenizer, limit: int) -> tuple[np.ndarray, bool]:
@@ -181,7 +188,7 @@ def _answer(prompt, completion, head: _Prompt, frame, tokenizer, limit: int) -> 
         completion, closed, differs = _chat_completion(prompt, completion, head.text, frame, tokenizer)
     whole = _ids(head.text + completion, tokenizer)
     mismatch = whole[: len(head.bare)] != head.bare
-    ids = _ids(completion, tokenizer) if mismatch else whole[len(head.bare) :]
+    ids = _ids_apart(completion, tokenizer) if mismatch else whole[len(head.bare) :]
     if not closed and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     if len(ids) < 2:

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / '../shared'
 CORPUS = ['the quick brown fox jumps over the lazy dog', 'user assistant system the answer is yes no maybe'] * 4
@@ -56,8 +56,8 @@ def llama3():
 def llama2():
     """SentencePiece-like: adds a BOS, marks spaces, puts one in front of every text; no chat template."""
     backend = tokenizers.Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    backend.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.Fuse()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=120, special_tokens=['<unk>', '<s>', '</s>'], initial_alphabet=['▁', '\n'], show_progress=False
     )
