@@ -236,4 +236,4 @@ def write_report(path: str | pathlib.Path, report: dict) -> None:
     """Writes a report, or several by name, as JSON: the same bytes for the same data."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
