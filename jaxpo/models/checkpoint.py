@@ -131,6 +131,7 @@ def write_hugging_face(
             _write_index(folder, shards, total)
             if tokenizer is not None:
                 _write_tokenizer(folder, tokenizer)
+    _agree(None)  # no process returns before the directory is there
 
 
 def _check_params(keys: tuple[Key, ...], params: Mapping[str, Any]) -> None:

@@ -45,11 +45,11 @@ def open_file(path: pathlib.Path) -> Any:
     """A gguf.GGUFReader of the file, memory-mapped."""
     if gguf is None:
         raise InputError(f"{path} needs the gguf package: pip install 'jaxpo[gguf]'.")
-    return _reader(path.resolve(), path.stat().st_mtime_ns)
+    return _reader(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size)
 
 
 @functools.lru_cache(maxsize=2)
-def _reader(path: pathlib.Path, modified: int) -> Any:
+def _reader(path: pathlib.Path, modified: int, size: int) -> Any:
     # Parsing the vocabulary takes seconds, and policy and reference are often one file.
     try:
         return gguf.GGUFReader(path)

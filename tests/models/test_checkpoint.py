@@ -5,6 +5,9 @@ import json
 import math
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -227,3 +230,59 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path, m
     tensors['lm_head.weight'][60, 3] += 1
     with pytest.raises(InputError, match='lm_head.weight differs'):
         load(write_directory(tmp_path / 'other', config, tensors))
+
+
+PROCESS = """
+import pathlib, sys
+import jax
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 2)
+process, port, source, target = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(f'localhost:{port}', num_processes=2, process_id=process)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxpo.errors import InputError
+from jaxpo.models import families
+from jaxpo.models.checkpoint import load_params, write_hugging_face
+from jaxpo.models.source import open_model
+
+pretrained = open_model(source)
+mesh = jax.make_mesh((4,), ('fsdp',))
+keys = families.keys(pretrained.architecture)
+specs = {key.path: P(None, 'fsdp') if key.layers and key.leaf_shape[1] % 4 == 0 else P() for key in keys}
+shardings = families.nest({path: NamedSharding(mesh, spec) for path, spec in specs.items()})
+params = load_params(pretrained, shardings)
+assert not params['layers']['mlp']['up'].is_fully_addressable
+export = lambda: write_hugging_face(
+    pathlib.Path(target), params, pretrained.hugging_face_config, None, dtype='bfloat16', max_shard_bytes=12_000
+)
+export()
+assert (pathlib.Path(target) / 'config.json').exists()
+try:
+    export()
+except InputError as error:
+    assert ('not empty' in str(error)) == (process == 0), error
+    print('refused', process)
+"""
+
+
+def test_two_processes_write_one_directory_and_are_refused_together(tmp_path):
+    tensors = hugging_face_tensors(CONFIGS['qwen2'], 'bfloat16')
+    source = write_directory(tmp_path / 'source', CONFIGS['qwen2'], tensors)
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    arguments = [port, str(source), str(tmp_path / 'written')]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', PROCESS, str(number), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for number, process in enumerate(processes):
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert f'refused {number}' in output
+    assert raw_tensors(tmp_path / 'written') == raw_tensors(source)
