@@ -58,7 +58,7 @@ def clocks() -> tuple[float, float]:
 
 
 def elapsed(start: tuple[float, float], end: tuple[float, float]) -> dict:
-    """Seconds between two `clocks`: a step that got few `cpu_seconds` for its `seconds` shared the cores with others."""
+    """Seconds between two `clocks`: a step with few `cpu_seconds` for its `seconds` shared the cores."""
     return {'seconds': end[0] - start[0], 'cpu_seconds': end[1] - start[1]}
 
 
