@@ -53,6 +53,11 @@ class Checkpoints:
         saved = self._checkpointer.load(step, _saved(shapes))
         return TrainState(reference_params=references, **saved)
 
+    def restore_params(self, step: int, shapes: TrainState):
+        """The policy's parameters saved at `step`, without the optimizer's state. `shapes` as for `restore`."""
+        wanted = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in _saved(shapes).items()}
+        return self._checkpointer.load(step, wanted | {'params': shapes.params})['params']
+
 
 def _saved(state: TrainState) -> dict:
     return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state}

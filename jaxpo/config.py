@@ -128,6 +128,9 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
+    policy: Literal['newest', 'initial'] = 'newest'
+    """Whom `jaxpo sample` samples: the run's newest checkpoint (the model's source where there is none), or always the
+    model's source."""
     prompts: str = ''
     """Prompts of `jaxpo sample`: a .txt file (one prompt a line) or pairs as in `data`. Empty: those of
     `data.evaluation`."""
@@ -144,8 +147,8 @@ class Sample:
     output: str = 'samples.jsonl'
     """Where `jaxpo sample` writes its lines, within the run's directory unless absolute."""
     pairs: str = ''
-    """Where `jaxpo sample` writes preference pairs (best against worst completion of each prompt by the module's
-    `reward`); empty writes none."""
+    """File for the preference pairs that `jaxpo sample` makes (best against worst completion of each prompt by the
+    experiment's `reward`); empty makes none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,3 +14,11 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f' Did you mean {near[0]!r}?' if near else ''
     return InputError(f'Unknown {kind} {name!r}.{hint} Known: {", ".join(choices) or "none"}.')
+
+
+class TrainingError(RuntimeError):
+    """A run that had to stop: what happened, at which step, and what is left intact. Exit code 1."""
+
+
+class Interrupted(RuntimeError):
+    """A run that was asked to stop and saved its state first. Exit code 75: the same command resumes it."""

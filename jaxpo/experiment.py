@@ -1,7 +1,6 @@
 """An experiment is a Python module whose `get_config()` returns a Config, and which may define a `reward`."""
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import pathlib
@@ -60,9 +59,6 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def digest(config: Config) -> str:
-    """A short name for what a run computes: settings that only place, show or export it are left out."""
-    computed = dataclasses.asdict(config)
-    for name in ('output', 'mesh', 'sample', 'export'):
-        del computed[name]
-    return hashlib.sha256(json.dumps(computed, sort_keys=True).encode()).hexdigest()[:12]
+def computed(config: dict) -> dict:
+    """Of a config as a dict, what decides its results: not where they go, nor on which mesh, nor sampling or export."""
+    return {name: value for name, value in config.items() if name not in ('output', 'mesh', 'sample', 'export')}

@@ -109,7 +109,10 @@ def evaluate(
 
 
 def _reward_metrics(rewards: Rewards, chosen, rejected, pair_weight, counts):
-    """The field's metrics, as means over pairs. Rewards are those of the objective's first loss."""
+    """The field's metrics, as means over pairs, of the rewards of the objective's first loss.
+
+    A tie counts one half in `rewards/accuracies`: where the policy is the reference, it says 0.5 and not 0.
+    """
 
     def mean(values):
         return (values * pair_weight).sum() / counts['pairs']
@@ -118,7 +121,7 @@ def _reward_metrics(rewards: Rewards, chosen, rejected, pair_weight, counts):
         'rewards/chosen': mean(rewards.chosen),
         'rewards/rejected': mean(rewards.rejected),
         'rewards/margins': mean(rewards.chosen - rewards.rejected),
-        'rewards/accuracies': mean((rewards.chosen > rewards.rejected).astype(jnp.float32)),
+        'rewards/accuracies': mean((jnp.sign(rewards.chosen - rewards.rejected) + 1) / 2),
         'logps/chosen': mean(losses.scores.logp(chosen)),
         'logps/rejected': mean(losses.scores.logp(rejected)),
     }

@@ -185,17 +185,20 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
     return placed, shardings
 
 
-def load_references(run: Run, shardings: TrainState, policy) -> dict[str, Mapping]:
-    """Reference parameters in the compute dtype: copies, so that a donated policy takes none of them along."""
-    cast = jax.jit(
-        lambda params: jax.tree.map(lambda x: jnp.array(x, jnp.dtype(run.config.model.dtype), copy=True), params)
-    )
-    return {
-        name: cast(load_params(run.references[name], shardings.reference_params[name], run.config.train.seed))
-        if name in run.references
-        else cast(policy)
-        for name in run.config.references
-    }
+def load_references(run: Run, shardings: TrainState, policy=None) -> dict[str, Mapping]:
+    """Reference parameters in the compute dtype: copies, so that a donated policy takes none of them along.
+
+    `policy`: its parameters at step 0, where they are in memory already.
+    """
+    seed, dtype = run.config.train.seed, jnp.dtype(run.config.model.dtype)
+    cast = jax.jit(lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params))
+
+    def source(name):
+        if name in run.references:
+            return load_params(run.references[name], shardings.reference_params[name], seed)
+        return load_params(run.pretrained, shardings.params, seed) if policy is None else policy
+
+    return {name: cast(source(name)) for name in run.config.references}
 
 
 def load_state(run: Run) -> TrainState:

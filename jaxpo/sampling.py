@@ -15,6 +15,7 @@ from jaxpo.models.decoder import Cache, Decoder, empty_cache, head_weight
 from jaxpo.sharding import ROWS, put
 
 _LEAST_SLOTS = 16
+_OPEN = -1  # in place of an end token: the row has not ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,17 @@ class Generated:
     """One completion."""
 
     tokens: np.ndarray  # int32, without the end token
-    ended: bool  # False where it was cut at max_new_tokens
-    logp: float  # nats: summed over the tokens, and the end token if any, under the policy at temperature 1
+    end: int | None  # the token that ended it; None where it was cut at max_new_tokens
+    logp: float  # nats: summed over `scored_tokens`, under the policy at temperature 1
+
+    @property
+    def ended(self) -> bool:
+        return self.end is not None
+
+    @property
+    def scored_tokens(self) -> np.ndarray:
+        """The tokens that were drawn: int32, the end token included."""
+        return self.tokens if self.end is None else np.append(self.tokens, np.int32(self.end))
 
 
 def generate(
@@ -74,7 +84,8 @@ def generate(
         result = multihost_utils.process_allgather(result, tiled=True)
         for row, job in enumerate(batch):
             tokens = result.tokens[row, : result.length[row]]
-            done[job] = Generated(tokens, bool(result.ended[row]), float(result.logp[row]))
+            end = int(result.end[row])
+            done[job] = Generated(tokens, None if end == _OPEN else end, float(result.logp[row]))
     return [[done[place, number] for number in range(completions)] for place in range(len(prompts))]
 
 
@@ -93,7 +104,7 @@ class _State(NamedTuple):
     token: jax.Array  # [B] int32: the last one chosen
     tokens: jax.Array  # [B, N] int32
     length: jax.Array  # [B] int32: tokens before the end
-    ended: jax.Array  # [B] bool
+    end: jax.Array  # [B] int32: the token that ended it, or _OPEN
     logp: jax.Array  # [B] float32
     cache: Cache
 
@@ -101,7 +112,7 @@ class _State(NamedTuple):
 class _Result(NamedTuple):
     tokens: Any
     length: Any
-    ended: Any
+    end: Any
     logp: Any
 
 
@@ -187,15 +198,15 @@ def _generate_batch(
         return _choose(state._replace(cache=cache), logits, keys, lengths > 0, settings)
 
     def unfinished(state: _State) -> jax.Array:
-        return (state.step < settings.limit) & ~jnp.all(state.ended | (lengths == 0))
+        return (state.step < settings.limit) & jnp.any((state.end == _OPEN) & (lengths > 0))
 
     logits, cache = read(prompts, jnp.maximum(place, 0), segment, cache)
     none = jnp.zeros((count,), jnp.int32)
     state = _State(
-        jnp.int32(0), none, jnp.zeros((count, new_slots), jnp.int32), none, none > 0, jnp.zeros((count,)), cache
+        jnp.int32(0), none, jnp.zeros((count, new_slots), jnp.int32), none, none + _OPEN, jnp.zeros((count,)), cache
     )
     state = jax.lax.while_loop(unfinished, extend, _choose(state, logits, keys, lengths > 0, settings))
-    return _Result(state.tokens, state.length, state.ended, state.logp)
+    return _Result(state.tokens, state.length, state.end, state.logp)
 
 
 def _choose(state: _State, logits: jax.Array, keys: jax.Array, real: jax.Array, settings: _Settings) -> _State:
@@ -207,7 +218,7 @@ def _choose(state: _State, logits: jax.Array, keys: jax.Array, real: jax.Array, 
         lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32),
     )
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
-    active = real & ~state.ended
+    active = real & (state.end == _OPEN)
     ends = active & jnp.any(token[:, None] == settings.end_ids[None, :], axis=-1)
     kept = active & ~ends
     column = jnp.where(kept, token, 0)[:, None]
@@ -216,7 +227,7 @@ def _choose(state: _State, logits: jax.Array, keys: jax.Array, real: jax.Array, 
         token=token,
         tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, column, state.step, axis=1),
         length=state.length + kept.astype(jnp.int32),
-        ended=state.ended | ends,
+        end=jnp.where(ends, token, state.end),
         logp=state.logp + jnp.where(active, logps, 0.0),
     )
 

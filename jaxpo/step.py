@@ -110,7 +110,7 @@ def make_train_step(
             params=keep_if_broken(params, state.params),
             opt_state=keep_if_broken(opt_state, state.opt_state),
         )
-        extra = {'grad_norm': norm, 'num_tokens': (batch.segment > 0).sum(), 'finite': finite}
+        extra = {'grad_norm': norm, 'finite': finite}
         return state, {**metrics, **extra, 'learning_rate': settings['learning_rate']}
 
     return train_step
@@ -119,8 +119,7 @@ def make_train_step(
 def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metrics]:
     """The step `(params, reference_params, batch [A, R, ...], hyperparameters) -> metrics`, means over its pairs.
 
-    No gradients are computed. Beside the objective's metrics it returns `pairs` and `tokens`, which the means are over,
-    and `log_ratios/chosen`, `log_ratios/rejected`: log pi - log pi_ref of a completion, where there is a reference.
+    No gradients are computed. Beside the objective's metrics it returns `pairs` and `tokens`, which the means are over.
     """
 
     def eval_step(params, reference_params, batch, hyperparameters):
@@ -129,15 +128,27 @@ def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metric
         def part(microbatch):
             chosen, rejected = _sides(models, params, reference_params, microbatch)
             weight = microbatch.pair_weight.reshape(-1)
-            _, metrics = objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)
-            if not models.references:
-                return metrics
-            ratios = {'chosen': scores.log_ratio(chosen), 'rejected': scores.log_ratio(rejected)}
-            return metrics | {f'log_ratios/{k}': (v * weight).sum() / counts['pairs'] for k, v in ratios.items()}
+            return objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)[1]
 
         return {**_sum_over_microbatches(part, batch), 'pairs': counts['pairs'], 'tokens': counts['tokens']}
 
     return eval_step
+
+
+def make_score_step(models: Models) -> Callable[..., dict[str, jax.Array]]:
+    """The step `(params, reference_params, batch [A, R, ...]) -> log-ratios`, for a run with one reference.
+
+    log pi - log pi_ref of each `chosen` and `rejected` completion, `[A, R * P]`, nats; 0 for empty slots.
+    """
+
+    def score_step(params, reference_params, batch):
+        def part(microbatch):
+            chosen, rejected = _sides(models, params, reference_params, microbatch)
+            return {'chosen': scores.log_ratio(chosen), 'rejected': scores.log_ratio(rejected)}
+
+        return jax.lax.map(part, batch)
+
+    return score_step
 
 
 def _sum_over_microbatches(part, batch: Batch):

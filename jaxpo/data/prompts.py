@@ -1,5 +1,6 @@
 """Prompts to complete: a file of lines, or the prompts of preference rows."""
 
+import contextlib
 import dataclasses
 import pathlib
 
@@ -56,8 +57,7 @@ def _rows(source: str, data: config.Data) -> list[str | list[Message]]:
     """Prompts of the rows that have one; the audit says what is wrong with the others."""
     prompts = []
     for row in read_rows(source, data.evaluation_split, data.revision):
-        try:
-            prompts.append(example_of(row.fields).prompt)
-        except (Rejection, TypeError):
-            continue
+        with contextlib.suppress(Rejection):
+            if row.fields is not None:
+                prompts.append(example_of(row.fields).prompt)
     return prompts

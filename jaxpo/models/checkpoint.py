@@ -60,7 +60,8 @@ def _load_leaf(key: Key, tensors: Tensors, sharding: jax.sharding.Sharding) -> j
             slices[place] = _read_slice(key, tensors, index)
         return slices[place]
 
-    return jax.make_array_from_callback(key.leaf_shape, sharding, read, dtype=np.float32)
+    leaf = jax.make_array_from_callback(key.leaf_shape, sharding, read, dtype=np.float32)
+    return leaf.block_until_ready()  # else the host holds the next leaf as well
 
 
 def _read_slice(key: Key, tensors: Tensors, index: tuple[slice, ...]) -> np.ndarray:

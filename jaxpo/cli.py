@@ -1,0 +1,96 @@
+"""The command line: `jaxpo COMMAND EXPERIMENT [--any.field value]`."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from jaxpo import commands
+from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
+from jaxpo.experiment import Experiment, load
+from jaxpo.train import train
+
+DESCRIPTION = """\
+Direct preference optimisation in JAX: every method a choice of implicit reward.
+
+An EXPERIMENT is a Python module whose get_config() returns a jaxpo.config.Config; those in experiments/ are meant to
+be copied. Every field of its config is an option, as --section.field value.
+"""
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 the run had to stop (its last checkpoint stands); 2 bad input, nothing was changed;
+75 interrupted with its state saved: the same command resumes it.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command, and what it says of itself."""
+
+    function: Callable[[Experiment], None]
+    dry_run: Callable[[Experiment], None]
+    summary: str
+
+
+COMMANDS = {
+    'train': Command(train, commands.dry_run, 'train a policy on preference pairs, or resume'),
+    'evaluate': Command(commands.evaluate, commands.dry_run, 'evaluate the newest checkpoint of a run'),
+    'sample': Command(commands.sample, commands.dry_run_sample, 'sample completions, and make pairs by a reward'),
+    'export': Command(commands.export, commands.dry_run_export, 'write the policy as a Hugging Face directory'),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    error = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        if not arguments or arguments[0] in ('-h', '--help'):
+            print(_help())
+            return 0
+        if arguments[0] not in COMMANDS:
+            raise unknown('command', arguments[0], COMMANDS)
+        return _run(arguments[0], arguments[1:])
+    except InputError as problem:
+        error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
+        return 2
+    except TrainingError as problem:
+        error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
+        return 1
+    except Interrupted as problem:
+        error.print(f'[bold yellow]jaxpo:[/bold yellow] {escape(str(problem))}')
+        return 75
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f'jaxpo {name}',
+        description=f'{command.summary[0].upper()}{command.summary[1:]}.',
+        epilog=f'`jaxpo {name} EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument('experiment', metavar='EXPERIMENT', nargs='?', help='path of the experiment module')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='check everything, print what would be done, touch nothing'
+    )
+    known, overrides = parser.parse_known_args(arguments)
+    if known.experiment is None or known.experiment.startswith('-'):
+        parser.print_help()
+        return 0 if {'-h', '--help'} & set(arguments) else 2
+    experiment = load(known.experiment, overrides, name)
+    (command.dry_run if known.dry_run else command.function)(experiment)
+    return 0
+
+
+def _help() -> str:
+    commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in COMMANDS.items())
+    return (
+        f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'
+        f'commands:\n{commands_}\n\n`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
+    )

@@ -1,0 +1,146 @@
+"""The commands beside `train`: evaluate, sample, export; and what each says it would do."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from jaxpo import evaluate as evaluation
+from jaxpo import report
+from jaxpo.checkpoint import open_checkpoints
+from jaxpo.console import console
+from jaxpo.data.prompts import Prompt, read_prompts
+from jaxpo.errors import InputError
+from jaxpo.evaluate import Sampled
+from jaxpo.experiment import Experiment
+from jaxpo.models.checkpoint import load_params, write_hugging_face
+from jaxpo.run import Run, Schedule, abstract_state, load_references, prepare, read_pairs
+
+
+def dry_run(experiment: Experiment) -> None:
+    """Checks a run and prints what it would do; writes nothing."""
+    run = prepare(experiment)
+    pairs = read_pairs(run)
+    report.print_dry_run(run, pairs, Schedule(run.config.train, len(pairs.train)))
+
+
+def evaluate(experiment: Experiment) -> None:
+    """Evaluates the newest checkpoint of a run (its model's source, where there is none) and prints the table."""
+    run = prepare(experiment)
+    pairs = read_pairs(run)
+    if not pairs.evaluation:
+        raise InputError('data.evaluation names no pairs to evaluate on.')
+    step, params = _policy(run)
+    _, shardings = abstract_state(run)
+    references = load_references(run, shardings)
+    metrics, samples = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), params, references)
+    if samples:
+        evaluation.write_samples(run.directory / f'evaluation_samples_{step:06d}.jsonl', samples)
+    _write_json(run.directory / f'evaluation_{step:06d}.json', {'step': step, **metrics})
+    report.print_evaluation(run, step, metrics)
+
+
+def sample(experiment: Experiment) -> None:
+    """Samples completions of prompts, one JSON line each; and best-against-worst pairs, where the config asks."""
+    run = prepare(experiment)
+    prompts = _prompts(run)
+    step, params = _policy(run) if run.config.sample.policy == 'newest' else _initial(run)
+    console().print(f'Sampling {len(prompts)} x {run.config.sample.completions} completions after step {step}.')
+    groups = evaluation.generate(run, params, prompts, run.config.sample.completions)
+    sampled = [
+        [evaluation.describe(run, prompt, generated, None) for generated in group]
+        for prompt, group in zip(prompts, groups)
+    ]
+    path = run.directory / run.config.sample.output
+    evaluation.write_samples(path, [sample for group in sampled for sample in group])
+    console().print(f'Wrote {path}.')
+    if run.config.sample.pairs:
+        _write_pairs(pathlib.Path(run.config.sample.pairs), prompts, sampled)
+
+
+def dry_run_sample(experiment: Experiment) -> None:
+    """Checks a sampling run and prints what it would do; writes nothing."""
+    run = prepare(experiment)
+    count = len(_prompts(run)) * run.config.sample.completions
+    most = count * run.config.sample.max_new_tokens
+    console().print(f'{run.pretrained.name}: {count} completions, at most {most:,} tokens, to {run.directory}.')
+
+
+def export(experiment: Experiment) -> None:
+    """Writes the newest policy of a run as a Hugging Face directory that transformers opens."""
+    run = prepare(experiment)
+    step, params = _policy(run)
+    directory = _export_directory(run)
+    write_hugging_face(
+        directory,
+        params,
+        run.pretrained.hugging_face_config,
+        run.tokenizer,
+        generation_config=run.pretrained.generation_config,
+        dtype=_export_dtype(run),
+        max_shard_bytes=int(run.config.export.max_shard_gigabytes * 1e9),
+    )
+    console().print(f'Wrote {run.pretrained.name} after {step} steps to {directory}.')
+
+
+def dry_run_export(experiment: Experiment) -> None:
+    """Checks an export and prints what it would do; writes nothing."""
+    run = prepare(experiment)
+    console().print(f'{run.pretrained.name} would be written as {_export_dtype(run)} to {_export_directory(run)}.')
+
+
+def _export_directory(run: Run) -> pathlib.Path:
+    return run.directory / run.config.export.directory
+
+
+def _export_dtype(run: Run) -> str:
+    return run.pretrained.dtype if run.config.export.dtype == 'source' else run.config.export.dtype
+
+
+def _policy(run: Run):
+    """The step and parameters of the newest checkpoint, or the source's where nothing was trained."""
+    directory = run.directory / 'checkpoints'
+    if not directory.is_dir():
+        return _initial(run)
+    with open_checkpoints(directory, run.config.train.keep_checkpoints) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            return _initial(run)
+        return step, checkpoints.restore_params(step, abstract_state(run)[0])
+
+
+def _initial(run: Run):
+    _, shardings = abstract_state(run)
+    return 0, load_params(run.pretrained, shardings.params, run.config.train.seed)
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    source = run.config.sample.prompts or run.config.data.evaluation
+    if not source:
+        raise InputError('sample.prompts is empty, and data.evaluation too: name a file of prompts.')
+    if run.config.sample.pairs and run.experiment.reward is None:
+        raise InputError(f'sample.pairs needs a reward: {run.experiment.path} defines no reward(prompt, completion).')
+    return read_prompts(source, run.config.data, run.tokenizer)
+
+
+def _write_pairs(path: pathlib.Path, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sampled]]) -> None:
+    """The best against the worst completion of each prompt that differ in reward. A completion that was cut is none."""
+    lines = []
+    for prompt, group in zip(prompts, groups):
+        ranked = sorted((sample for sample in group if sample.ended and sample.completion), key=lambda s: s.reward)
+        if ranked and ranked[-1].reward > ranked[0].reward:
+            best, worst = ranked[-1], ranked[0]
+            row = {'prompt': prompt.source, 'chosen': best.completion, 'rejected': worst.completion}
+            row |= {'chosen_reward': round(best.reward, 4), 'rejected_reward': round(worst.reward, 4)}
+            lines.append(json.dumps(row, ensure_ascii=False) + '\n')
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(''.join(lines), encoding='utf-8')
+    console().print(f'Wrote {len(lines)} pairs of {len(prompts)} prompts to {path}.')
+
+
+def _write_json(path: pathlib.Path, value) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,78 @@
+"""What a person sees: a progress bar on a terminal, a plain line now and then elsewhere, and tables. Process 0 only."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 15.0
+SHOWN = ('loss', 'rewards/accuracies', 'rewards/margins', 'grad_norm', 'tokens_per_second')
+
+
+def console() -> Console:
+    """Where to print; silent on processes other than 0."""
+    return Console(quiet=jax.process_index() != 0, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Gives `show(step, metrics)`, to be called as steps finish."""
+    out = console()
+    if not out.is_terminal:
+        yield _plain_lines(out, steps)
+        return
+    columns = (
+        TextColumn('training'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn('{task.fields[status]}'),
+    )
+    with Progress(*columns, console=out) as bar:
+        task = bar.add_task('training', total=steps, completed=done, status='compiling')
+        yield lambda step, metrics: bar.update(task, completed=step, status=_status(metrics))
+
+
+def _plain_lines(out: Console, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+    last = -SECONDS_BETWEEN_LINES
+
+    def show(step, metrics):
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES or step == steps:
+            last = time.monotonic()
+            out.print(f'step {step}/{steps}  {_status(metrics)}')
+
+    return show
+
+
+def _status(metrics: Mapping[str, float]) -> str:
+    return '  '.join(f'{name} {number(metrics[name])}' for name in SHOWN if name in metrics)
+
+
+def number(value: float) -> str:
+    """A number at a readable precision."""
+    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ('B', 'KiB', 'MiB', 'GiB'):
+        if count < 1024:
+            return f'{count:.4g} {unit}'
+        count /= 1024
+    return f'{count:.4g} TiB'
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table: words at the left, numbers at the right."""
+    made = Table(title=title, title_justify='left', title_style='bold')
+    for place, name in enumerate(header):
+        made.add_column(name, justify='right' if place else 'left')
+    for row in rows:
+        made.add_row(*row)
+    return made

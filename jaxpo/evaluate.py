@@ -1,0 +1,179 @@
+"""Evaluation: held-out pairs scored, held-out prompts sampled, rewarded and measured against the reference."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpo import sampling, step
+from jaxpo.data import prompts as prompt_files
+from jaxpo.data.prompts import Prompt
+from jaxpo.models.tokenizer import end_ids
+from jaxpo.run import Run, make_batch
+from jaxpo.types import Pair
+
+COMPLETIONS = 2  # of each sampled prompt: they share its row when they are scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """One sampled completion."""
+
+    prompt: str
+    completion: str
+    tokens: int  # its end token included
+    ended: bool
+    reward: float | None  # by the experiment's `reward`, where it has one
+    log_ratio: float | None  # log pi - log pi_ref, nats, where there is a reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """The compiled parts of an evaluation and what it is over."""
+
+    run: Run
+    pairs: list[Pair]
+    prompts: list[Prompt]
+    eval_step: Callable[..., dict[str, jax.Array]]
+    score_step: Callable[..., dict[str, jax.Array]]
+
+
+def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
+    """An evaluator of held-out pairs and, where the config asks for samples, of the first prompts of their file."""
+    models = step.Models(run.decoder, run.reference_decoders, run.mesh)
+    count = run.config.evaluate.sample_prompts
+    held_out = []
+    if count:
+        held_out = prompt_files.read_prompts(run.config.data.evaluation, run.config.data, run.tokenizer)[:count]
+    return Evaluator(
+        run, pairs, held_out, jax.jit(step.make_eval_step(models, run.objective)), jax.jit(step.make_score_step(models))
+    )
+
+
+def evaluate(evaluator: Evaluator, params, reference_params) -> tuple[dict[str, float], list[Sampled]]:
+    """Metrics with the prefix `eval/`, and the completions sampled for them.
+
+    `eval/reward` and `eval/kl` are means over samples, each with its standard error over prompts; `eval/kl` estimates
+    KL(policy || reference) of whole completions, nats.
+    """
+    metrics = _score_pairs(evaluator, params, reference_params) if evaluator.pairs else {}
+    samples = _sample(evaluator, params, reference_params) if evaluator.prompts else []
+    if samples:
+        metrics |= _summary(samples)
+    return {f'eval/{name}': value for name, value in metrics.items()}, samples
+
+
+def _score_pairs(evaluator: Evaluator, params, reference_params) -> dict[str, float]:
+    """The objective's metrics, as means over the held-out pairs (its token means over their tokens)."""
+    run, totals = evaluator.run, {}
+    numbers = run.objective.hyperparameters
+    for batch in _batches(run, evaluator.pairs):
+        means = jax.device_get(evaluator.eval_step(params, reference_params, batch, numbers))
+        weight = means.pop('pairs')
+        means.pop('tokens')
+        for name, value in {**means, 'pairs': 1.0}.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * float(weight)
+    pairs = totals.pop('pairs')
+    return {name: value / pairs for name, value in totals.items()}
+
+
+def _batches(run: Run, pairs: Sequence[Pair]):
+    size = run.config.train.batch_pairs
+    for start in range(0, len(pairs), size):
+        yield make_batch(run, pairs[start : start + size])
+
+
+def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
+    run = evaluator.run
+    prompts = evaluator.prompts
+    groups = generate(run, params, prompts, COMPLETIONS)
+    log_ratios = [[None] * COMPLETIONS for _ in prompts]
+    if run.config.references:
+        log_ratios = _log_ratios(evaluator, params, reference_params, groups)
+    return [
+        describe(run, prompt, generated, log_ratio)
+        for prompt, group, ratios in zip(prompts, groups, log_ratios)
+        for generated, log_ratio in zip(group, ratios)
+    ]
+
+
+def generate(run: Run, params, prompts: Sequence[Prompt], completions: int) -> list[list[sampling.Generated]]:
+    """Completions of each prompt, as the config's `sample` says."""
+    settings = run.config.sample
+    return sampling.generate(
+        run.decoder,
+        params,
+        [prompt.ids for prompt in prompts],
+        end_ids=end_ids(run.tokenizer, run.pretrained.hugging_face_config, run.pretrained.generation_config),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=run.config.train.seed,
+        completions=completions,
+        batch_size=settings.batch,
+        mesh=run.mesh,
+    )
+
+
+def describe(run: Run, prompt: Prompt, generated: sampling.Generated, log_ratio: float | None) -> Sampled:
+    """A generated completion as text, with its reward."""
+    completion = run.tokenizer.decode(generated.tokens, skip_special_tokens=True)
+    reward = run.experiment.reward
+    return Sampled(
+        prompt.text,
+        completion,
+        len(generated.scored_tokens),
+        generated.ended,
+        None if reward is None else float(reward(prompt.text, completion)),
+        log_ratio,
+    )
+
+
+def _log_ratios(evaluator: Evaluator, params, reference_params, groups) -> list[list[float]]:
+    """log pi - log pi_ref of each completion. Two samples of a prompt make one pair of a row."""
+    pairs = [
+        Pair(prompt.ids, *(generated.scored_tokens for generated in group), index)
+        for index, (prompt, group) in enumerate(zip(evaluator.prompts, groups))
+    ]
+    ratios: list[Any] = [None] * len(pairs)
+    for batch in _batches(evaluator.run, pairs):
+        scored = jax.device_get(evaluator.score_step(params, reference_params, batch))
+        places = np.asarray(jax.device_get(batch.pair_index)).reshape(-1)
+        for place, chosen, rejected in zip(places, scored['chosen'].reshape(-1), scored['rejected'].reshape(-1)):
+            if place >= 0:
+                ratios[place] = [float(chosen), float(rejected)]
+    return ratios
+
+
+def _summary(samples: Sequence[Sampled]) -> dict[str, float]:
+    metrics = {
+        'completion_tokens': float(np.mean([sample.tokens for sample in samples])),
+        'ended': float(np.mean([sample.ended for sample in samples])),
+    }
+    for name, values in {
+        'reward': [sample.reward for sample in samples],
+        'kl': [sample.log_ratio for sample in samples],
+    }.items():
+        if values[0] is not None:
+            metrics[name], metrics[f'{name}_standard_error'] = mean_and_standard_error(values)
+    return metrics
+
+
+def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over samples, and its standard error over prompts: samples of one prompt are not independent."""
+    by_prompt = np.reshape(values, (-1, COMPLETIONS)).mean(axis=1)
+    error = by_prompt.std(ddof=1) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.nan
+    return float(by_prompt.mean()), float(error)
+
+
+def write_samples(path: pathlib.Path, samples: Sequence[Sampled]) -> None:
+    """One JSON line per sample. Process 0 alone writes."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) for sample in samples)
+        path.write_text(''.join(line + '\n' for line in lines), encoding='utf-8')

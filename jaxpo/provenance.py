@@ -1,0 +1,69 @@
+"""What a run was made of, written beside its results: config, versions, commit."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+from jaxpo import experiment
+from jaxpo.config import Config
+from jaxpo.errors import InputError
+from jaxpo.metrics import flatten
+
+PACKAGES = ('jaxpo', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'numpy')
+
+
+def claim(directory: pathlib.Path, config: Config) -> None:
+    """Makes `directory` the run's, or finds that it is already; writes config.json and versions.json there.
+
+    InputError where it holds a run with other settings, and which ones differ: a directory never mixes two runs.
+    """
+    path = directory / 'config.json'
+    if path.exists():
+        _refuse_other(path, config)
+    elif directory.exists() and any(directory.iterdir()):
+        raise InputError(f'output: {directory} is not empty and holds no run. Name a new directory.')
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(experiment.to_json(config) + '\n', encoding='utf-8')
+        (directory / 'versions.json').write_text(json.dumps(versions(), indent=2) + '\n', encoding='utf-8')
+
+
+def _refuse_other(path: pathlib.Path, config: Config) -> None:
+    theirs = flatten(experiment.computed(json.loads(path.read_text(encoding='utf-8'))))
+    ours = flatten(experiment.computed(json.loads(experiment.to_json(config))))
+    differ = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    if differ:
+        changes = ', '.join(f'{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)' for name in differ)
+        raise InputError(f'output: {path.parent} holds a run with other settings: {changes}. Name a new directory.')
+
+
+def versions() -> dict[str, str | int | None]:
+    """Versions, commit and devices of this process."""
+    return {
+        'python': platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        'commit': _commit(),
+        'backend': jax.default_backend(),
+        'device': jax.devices()[0].device_kind,
+        'devices': jax.device_count(),
+        'processes': jax.process_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit the package runs from, marked where files differ from it; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+    try:
+        commit = _git(here, 'rev-parse', 'HEAD')
+        return commit + (' (modified)' if _git(here, 'status', '--porcelain') else '')
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(directory: pathlib.Path, *words: str) -> str:
+    command = ['git', '-C', str(directory), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,163 @@
+"""What a run says of itself: what it is about to do, and what came of it."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from rich.markup import escape
+
+from jaxpo import sharding
+from jaxpo.console import bytes_text, console, number, table
+from jaxpo.data.audit import table as audit_table
+from jaxpo.data.rows import Shape, lengths_of, row_tokens, run_shapes
+from jaxpo.experiment import to_json
+from jaxpo.metrics import read_metrics
+from jaxpo.run import Pairs, Run, Schedule, abstract_state, make_batch
+
+# What the table of results shows, where a run has it: the metric, its name for people, and the better direction.
+RESULTS = (
+    ('eval/reward', 'reward of samples', 'higher'),
+    ('eval/kl', 'KL to reference (nats)', 'lower'),
+    ('eval/rewards/accuracies', 'held-out accuracy', 'higher'),
+    ('eval/rewards/margins', 'held-out margin (nats)', 'higher'),
+    ('eval/loss', 'held-out loss', 'lower'),
+    ('eval/logps/chosen', 'logp of chosen (nats)', ''),
+    ('eval/logps/rejected', 'logp of rejected (nats)', ''),
+    ('eval/completion_tokens', 'tokens of a sample', ''),
+)
+
+
+def print_header(run: Run, pairs: Pairs, schedule: Schedule) -> None:
+    """The run in a few lines, before it starts."""
+    out, settings = console(), run.config
+    tokens = _tokens(run, pairs, schedule)
+    out.print(f'[bold]{escape(run.pretrained.name)}[/bold], {_parameter_count(run) / 1e6:.1f} M parameters')
+    out.print(f'objective  {escape(json.dumps(settings.objective))}')
+    out.print(f'mesh       {_mesh(run)}, {settings.model.dtype}, remat {settings.model.remat}')
+    out.print(
+        f'data       {len(pairs.train)} pairs to train on, {len(pairs.evaluation)} held out, '
+        f'{sum(r["dropped"] for r in pairs.reports.values())} rows dropped'
+    )
+    out.print(f'steps      {schedule.steps} of {settings.train.batch_pairs} pairs, {tokens:,} tokens')
+    out.print(f'output     {escape(str(run.directory))}')
+
+
+def print_dry_run(run: Run, pairs: Pairs, schedule: Schedule) -> None:
+    """Config, audit, mesh, bytes, tokens and steps of a run that is not started. Nothing is written."""
+    out = console()
+    out.print_json(to_json(run.config))
+    for split, audited in pairs.reports.items():
+        out.print(f'{split}: {escape(audit_table(audited))}')
+    print_header(run, pairs, schedule)
+    out.print(table('Bytes on each device', ('what', 'bytes'), _bytes(run, pairs, schedule)))
+    shapes = _shapes(run, pairs, schedule)
+    header = ('microbatches x rows x tokens', 'scored tokens a row', 'steps')
+    rows = [
+        (f'{shape.microbatches} x {shape.rows} x {shape.tokens}', str(shape.scored), str(count))
+        for shape, count in shapes.most_common()
+    ]
+    out.print(table('Shapes of a batch (each compiles once)', header, rows))
+
+
+def _parameter_count(run: Run) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_state(run)[0].params))
+
+
+def _mesh(run: Run) -> str:
+    axes = ' x '.join(f'{name} {size}' for name, size in run.mesh.shape.items())
+    return f'{axes} on {run.mesh.size} {run.mesh.devices.flat[0].device_kind} device(s)'
+
+
+def _tokens(run: Run, pairs: Pairs, schedule: Schedule) -> int:
+    tokens = row_tokens(lengths_of(pairs.train), run.config.rows.layout)
+    return int(sum(tokens[schedule.pairs_of(step)].sum() for step in range(schedule.steps)))
+
+
+def _shapes(run: Run, pairs: Pairs, schedule: Schedule):
+    batches = (schedule.pairs_of(step) for step in range(schedule.steps))
+    return run_shapes(lengths_of(pairs.train), batches, run.config.rows, row_multiple=run.row_multiple)
+
+
+def _bytes(run: Run, pairs: Pairs, schedule: Schedule) -> list[tuple[str, str]]:
+    shapes, shardings = abstract_state(run)
+    largest: Shape = max(
+        _shapes(run, pairs, schedule), key=lambda shape: shape.microbatches * shape.rows * shape.tokens
+    )
+    steps = range(schedule.steps)
+    batch = next(b for b in (_layout(run, pairs, schedule, s) for s in steps) if b.tokens.shape == largest[:3])
+    sizes = {
+        'policy (float32)': sharding.bytes_per_device(shapes.params, shardings.params),
+        'gradients (float32)': sharding.bytes_per_device(shapes.params, shardings.params),
+        'optimizer': sharding.bytes_per_device(shapes.opt_state, shardings.opt_state),
+        **{
+            f'reference {name} ({run.config.model.dtype})': sharding.bytes_per_device(
+                shapes.reference_params[name], shardings.reference_params[name]
+            )
+            for name in run.config.references
+        },
+        'largest batch': sum(
+            np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(batch)
+        ),
+    }
+    return [
+        (name, bytes_text(size)) for name, size in {**sizes, 'total, activations aside': sum(sizes.values())}.items()
+    ]
+
+
+def _layout(run: Run, pairs: Pairs, schedule: Schedule, step: int):
+    return make_batch(run, [pairs.train[i] for i in schedule.pairs_of(step)])
+
+
+def evaluations(directory: pathlib.Path, step: int) -> dict[str, float]:
+    """The evaluation logged at `step`, or nothing."""
+    found = [line for line in read_metrics(directory) if line['step'] == step and 'eval/seconds' in line]
+    return {name: value for name, value in found[-1].items() if name.startswith('eval/')} if found else {}
+
+
+def print_results(run: Run, steps: int) -> None:
+    """Before and after, side by side, then a few of the sampled completions."""
+    out = console()
+    before, after = evaluations(run.directory, 0), evaluations(run.directory, steps)
+    if after:
+        rows = [
+            (label, _with_error(before, name), _with_error(after, name), better)
+            for name, label, better in RESULTS
+            if name in after
+        ]
+        out.print(table(f'{run.pretrained.name}: {steps} steps', ('', 'before', 'after', 'better'), rows))
+    _print_samples(run, steps)
+    out.print(f'Metrics, samples and checkpoints are in {escape(str(run.directory))}.')
+
+
+def print_evaluation(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """One evaluation as a table."""
+    rows = [(label, _with_error(metrics, name), better) for name, label, better in RESULTS if name in metrics]
+    console().print(table(f'{run.pretrained.name} after {step} steps', ('', 'value', 'better'), rows))
+
+
+def _with_error(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return ''
+    error = metrics.get(f'{name}_standard_error')
+    return number(metrics[name]) + ('' if error is None else f' ± {number(error)}')
+
+
+def _print_samples(run: Run, steps: int) -> None:
+    """The prompts whose reward changed most in either direction would flatter or shame; the first ones do neither."""
+    out = console()
+    before, after = (_first_samples(run.directory / f'samples_{step:06d}.jsonl') for step in (0, steps))
+    for prompt in list(after)[: run.config.evaluate.show]:
+        out.print(f'\n[bold]{escape(prompt)}[/bold]')
+        for label, sample in (('before', before.get(prompt)), ('after', after[prompt])):
+            if sample is not None:
+                reward = '' if sample['reward'] is None else f' (reward {sample["reward"]:+.2f})'
+                out.print(f'  [cyan]{label}[/cyan]{reward}: {escape(sample["completion"])}')
+
+
+def _first_samples(path: pathlib.Path) -> dict[str, dict]:
+    """The first sample of each prompt, in order."""
+    if not path.exists():
+        return {}
+    samples = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    return {sample['prompt']: sample for sample in reversed(samples)} if samples else {}
