@@ -56,6 +56,8 @@ def read_completion(row, slot, side):
         for depth, place in enumerate(context):
             assert visible(row, place) == context[: depth + 1]
     prompt = row['tokens'][contexts[0]].tolist()
+    for shorter, longer in zip(contexts, contexts[1:]):
+        assert longer[:-1] == shorter  # one copy of the prompt, the same for every token
     for done, context in enumerate(contexts):
         assert row['tokens'][context].tolist() == prompt + targets[:done].tolist()
     branch = {'chosen': 1, 'rejected': 2}[side]
@@ -179,6 +181,7 @@ def test_the_cheapest_length_that_holds_the_longest_pair_is_taken():
     assert length([[2, 3, 4]], (32, 16, 8)) == (1, 1, 16)
     assert length([[2, 3, 3], [2, 3, 3]], (8, 16)) == (1, 2, 8)  # a tie: the shorter
     assert length([[3, 3, 3], [3, 3, 3], [3, 3, 3]], (10, 27)) == (1, 1, 27)  # 27 tokens, not 30
+    assert length([[1, 1, 1], [1, 1, 1], [1, 3, 3], [1, 3, 3]], (10,)) == (1, 2, 10)  # the longest pairs first
     assert length([[2, 3, 3]] * 9, (8,)) == (2, 5, 8)  # even microbatches
     assert length([[2, 3, 3]] * 9, (16,), pairs_per_row=1) == (2, 5, 16)
 
