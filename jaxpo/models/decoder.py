@@ -92,8 +92,8 @@ class Decoder(nn.Module):
     ) -> Any:
         """Hidden states `[R, T, D]` after the final norm, of int32 `[R, T]` arrays as in `jaxpo.types.Batch`.
 
-        A token id outside the vocabulary makes its row NaN. With a `cache` the tokens also see what it holds and are added
-        to it, and the result is (hidden, new cache); the caller keeps `used + T` within its slots.
+        A token id outside the vocabulary makes its row NaN. With a `cache` the tokens also see what it holds and are
+        added to it, and the result is (hidden, new cache); the caller keeps `used + T` within its slots.
         """
         architecture = self.architecture
         shape = (architecture.vocabulary, architecture.width)
