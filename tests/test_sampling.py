@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from tiny_decoders import CONFIGS, loud_params, tokens_of
 
 from jaxpo import sampling
@@ -12,7 +13,7 @@ from jaxpo.errors import InputError
 from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.decoder import Decoder, head_weight
 from jaxpo.sampling import generate, nucleus
-from jaxpo.sharding import make_mesh, parameter_shardings
+from jaxpo.sharding import ROWS, make_mesh, parameter_shardings
 
 CONFIG = CONFIGS['gemma2-untied']  # windows, post-norms and both soft-caps
 DECODER = Decoder(from_hugging_face(CONFIG))
@@ -53,8 +54,8 @@ def greedy(prompt, end_ids):
 
 
 def run(prompts=PROMPTS, **options):
-    settings = {'end_ids': [7], 'max_new_tokens': NEW, 'batch_size': 4, 'params': PARAMS} | options
-    return generate(DECODER, settings.pop('params'), prompts, **settings)
+    settings = {'end_ids': [7], 'max_new_tokens': NEW, 'batch_size': 4} | options
+    return generate(settings.pop('decoder', DECODER), settings.pop('params', PARAMS), prompts, **settings)
 
 
 def flat(results):
@@ -131,9 +132,10 @@ def test_nucleus_keeps_the_fewest_tokens_that_hold_top_p():
 def test_a_mesh_changes_nothing():
     mesh = make_mesh(Mesh(data=4, fsdp=2))
     params = jax.device_put(PARAMS, parameter_shardings(PARAMS, mesh))
+    decoder = DECODER.clone(rows=NamedSharding(mesh, ROWS))
     for options in ({'temperature': 0.0}, {'temperature': 1.0, 'top_p': 0.9}):
         whole = run(**options)
-        split = run(params=params, mesh=mesh, batch_size=5, **options)
+        split = run(decoder=decoder, params=params, mesh=mesh, batch_size=5, **options)
         assert flat(split) == flat(whole)
         np.testing.assert_allclose([many[0].logp for many in split], [many[0].logp for many in whole], atol=1e-4)
 

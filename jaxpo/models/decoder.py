@@ -74,12 +74,16 @@ class Decoder(nn.Module):
     """Tokens to final hidden states; the head is applied elsewhere (see `head_weight`).
 
     `dtype` is that of activations and matrix products (norms, rotations and softmax are float32). `remat` says what
-    the backward pass recomputes of each layer: 'none', 'dots' (all but matrix products) or 'full'.
+    the backward pass recomputes of each layer: 'none', 'dots' (all but matrix products) or 'full'. `rows` is how rows
+    lie on a mesh, as `PartitionSpec((..., axis))`, where the last axis is the one that splits the parameters by width.
+    It must be given where parameters are split: else XLA may keep hidden states split by width, and devices repeat
+    each other's work.
     """
 
     architecture: Architecture
     dtype: Any = jnp.float32
     remat: str = 'none'
+    rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
     def __call__(
@@ -100,8 +104,8 @@ class Decoder(nn.Module):
         embedding = self.param('embedding', _normal, shape)
         if not architecture.tied:
             self.param('head', _normal, shape)  # applied elsewhere, but made and checked with the rest
-        hidden = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
-        hidden = hidden * jnp.asarray(architecture.embedding_scale, self.dtype)
+        hidden = _pin(jnp.take(embedding, tokens, axis=0).astype(self.dtype), _looked_up(self.rows))
+        hidden = _pin(hidden * jnp.asarray(architecture.embedding_scale, self.dtype), self.rows)
 
         place = (positions, segment, branch)
         key_place, past, slot = place, None, None
@@ -115,7 +119,7 @@ class Decoder(nn.Module):
             *rotary(architecture, positions),
             slot,
         )
-        layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, name='layers')
+        layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, self.rows, name='layers')
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
         if cache is None:
@@ -129,6 +133,7 @@ class Layer(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    rows: jax.sharding.NamedSharding | None
 
     @nn.compact
     def __call__(
@@ -149,7 +154,7 @@ class Layer(nn.Module):
         update = MLP(self.architecture, self.dtype, name='mlp')(_norm(self, 'mlp_norm', hidden))
         if self.architecture.post_norms:
             update = _norm(self, 'mlp_post_norm', update)
-        return hidden + update, new
+        return _pin(hidden + update, self.rows), new
 
 
 class Attention(nn.Module):
@@ -221,6 +226,21 @@ def abstract_params(architecture: Architecture) -> dict[str, Any]:
 def head_weight(params: dict[str, Any]) -> jax.Array:
     """The head `[V, D]`: that of the tree, or the embedding where they are tied."""
     return params['head'] if 'head' in params else params['embedding']
+
+
+def _pin(hidden: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+    return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)
+
+
+def _looked_up(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
+    """How rows of a table split by width lie before each device trades its slice of width for its share of rows.
+
+    Without this stop on the way, XLA gathers the whole batch on every device, forward and backward.
+    """
+    if rows is None:
+        return None
+    *others, width = rows.spec[0]
+    return jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec(tuple(others), None, width))
 
 
 def _norm(module: nn.Module, name: str, values: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_decoders import CONFIGS, loud_params, tokens_of
 
 from jaxpo.errors import InputError
@@ -117,6 +119,37 @@ def test_remat_changes_nothing_but_memory():
         assert bytes_remat < bytes_none
     with pytest.raises(InputError, match="Did you mean 'full'"):
         hidden_of(decoder_of(name, remat='ful'), params, *place)
+
+
+def test_a_mesh_splits_the_work_and_changes_nothing():
+    """Parameters split by width, one row a device: no device ever holds the hidden states of another's row."""
+    name = 'llama'
+    params = loud_params(CONFIGS[name])
+    place = row((tokens_of(CONFIGS[name], 11), 0, 1, 0), length=16) + np.zeros((1, 8, 1), np.int32)
+    place[0] = tokens_of(CONFIGS[name], 8, 16)
+    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    rows = NamedSharding(mesh, P(('data', 'fsdp')))
+
+    def step(decoder):
+        return jax.jit(jax.value_and_grad(lambda p, *x: jnp.mean(decoder.apply({'params': p}, *x) ** 2)))
+
+    value, gradient = step(decoder_of(name))(params, *place)
+    split = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, _by_width(leaf))), params)
+    arguments = (split, *jax.device_put(tuple(place), rows))
+    compiled = step(decoder_of(name, rows=rows)).lower(*arguments).compile()
+    split_value, split_gradient = compiled(*arguments)
+    assert float(split_value) == pytest.approx(float(value), rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **EXACT), gradient, split_gradient)
+    assert 'f32[1,16,24]' in compiled.as_text()
+    for others_too in ('f32[8,16,24]', 'f32[4,16,24]', 'f32[8,16,40]', 'f32[4,16,40]'):
+        assert others_too not in compiled.as_text()
+
+
+def _by_width(leaf):
+    """Splits the first axis of size 24, the width, of matrices."""
+    if leaf.ndim < 3 and leaf.shape != (61, 24):
+        return P()
+    return P(*('fsdp' if axis == leaf.shape.index(24) else None for axis in range(leaf.ndim)))
 
 
 @pytest.mark.parametrize('name', ['llama3', 'gemma2'])
