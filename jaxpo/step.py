@@ -97,7 +97,7 @@ def make_train_step(
             return jax.grad(loss, has_aux=True)(*given)
 
         gradient, metrics = _sum_over_microbatches(part, batch)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics['loss'])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - settings['learning_rate'] * u, state.params, updates)

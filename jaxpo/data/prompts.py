@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxpo import config
 from jaxpo.data.chat import check_template, prompt_ids
-from jaxpo.data.sources import Message, Rejection, example_of, read_rows
+from jaxpo.data.sources import Message, Rejection, example_of, prompt_of, read_rows
 from jaxpo.errors import InputError
 
 
@@ -22,7 +22,7 @@ class Prompt:
 
 
 def read_prompts(source: str, data: config.Data, tokenizer) -> list[Prompt]:
-    """The distinct prompts of a .txt file (one a line) or of preference rows, in order.
+    """The distinct prompts of a .txt file (one a line) or of rows (preferences, or `prompt` alone), in order.
 
     A line is one user turn where the tokenizer writes conversations, plain text elsewhere. InputError: no such file,
     no prompt in it.
@@ -59,5 +59,10 @@ def _rows(source: str, data: config.Data) -> list[str | list[Message]]:
     for row in read_rows(source, data.evaluation_split, data.revision):
         with contextlib.suppress(Rejection):
             if row.fields is not None:
-                prompts.append(example_of(row.fields).prompt)
+                prompts.append(_prompt(row.fields))
     return prompts
+
+
+def _prompt(fields: dict) -> str | list[Message]:
+    """The prompt of a preference, or of a row that has nothing else. Rejection: it has none."""
+    return example_of(fields).prompt if 'chosen' in fields else prompt_of(fields.get('prompt'))
