@@ -123,6 +123,17 @@ def test_first_tokens_are_distributed_as_asked(temperature, top_p):
     assert np.all(np.abs(counts - draws * probabilities) <= 5 * deviation + 1e-9)
 
 
+@pytest.mark.parametrize('top_p', [1e-6, 0.3, 0.9, 0.999])
+def test_nucleus_equals_the_sorted_one(top_p):
+    logits = np.random.default_rng(0).normal(0, 3, (5, 300)).astype(np.float32)
+    logits[0, 7] = 100.0  # all the mass
+    kept = np.isfinite(np.asarray(nucleus(logits, jnp.float32(top_p))))
+    for row, mask in zip(np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)), kept):
+        order = np.argsort(-row)
+        count = 1 + np.searchsorted(np.cumsum(row[order] / row.sum()), top_p)
+        assert np.flatnonzero(mask).tolist() == sorted(order[:count].tolist())
+
+
 def test_nucleus_keeps_the_fewest_tokens_that_hold_top_p():
     probabilities = np.array([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]], np.float32)
     kept = np.isfinite(np.asarray(nucleus(jnp.log(probabilities), jnp.float32(0.7))))

@@ -12,6 +12,7 @@ from tiny_decoders import CONFIGS, loud_params, tokens_of
 
 from jaxpo.errors import InputError
 from jaxpo.models.architecture import from_hugging_face
+from jaxpo.models.attention import visible
 from jaxpo.models.decoder import Decoder, abstract_params, empty_cache, head_weight, init_params
 
 # Together: rotary scaling, a window everywhere or in some layers, normed queries, biases, post-norms, soft-caps.
@@ -61,6 +62,15 @@ def test_packed_and_shared_rows_equal_separate_rows(name):
     np.testing.assert_allclose(shared[:16], whole_first[:16], **EXACT)
     np.testing.assert_allclose(shared[16:24], whole_second[9:17], **EXACT)
     np.testing.assert_allclose(shared[24:36], whole_other[:12], **EXACT)
+
+
+def test_visible_is_the_rule_of_the_batch():
+    query, key = (np.random.default_rng(at).integers(0, 3, (3, 2, 6)) for at in range(2))
+    mask = np.asarray(visible(query, key))
+    for at, i, j in np.ndindex(2, 6, 6):
+        (position, segment, branch), (other_position, other_segment, other_branch) = query[:, at, i], key[:, at, j]
+        together = segment == other_segment and segment > 0 and other_branch in (0, branch)
+        assert mask[at, i, j] == (together and other_position <= position)
 
 
 def test_later_tokens_have_no_say():
@@ -141,7 +151,7 @@ def test_a_mesh_splits_the_work_and_changes_nothing():
     assert float(split_value) == pytest.approx(float(value), rel=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, **EXACT), gradient, split_gradient)
     assert 'f32[1,16,24]' in compiled.as_text()
-    for others_too in ('f32[8,16,24]', 'f32[4,16,24]', 'f32[8,16,40]', 'f32[4,16,40]'):
+    for others_too in ('f32[8,16,6]', 'f32[8,16,24]', 'f32[4,16,24]', 'f32[8,16,40]', 'f32[4,16,40]'):
         assert others_too not in compiled.as_text()
 
 
