@@ -4,9 +4,12 @@ R rows, T queries, S keys, H heads, K key-value heads, Dh head width.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpo.models.architecture import Architecture, Llama3Scaling
 
@@ -26,34 +29,41 @@ def visible(query: tuple[jax.Array, jax.Array, jax.Array], key: tuple[jax.Array,
     return same_segment & same_branch & (key_positions <= query_positions)
 
 
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """Attention `[R, T, H * Dh]` of query `[R, T, H, Dh]` to key and value `[R, S, K, Dh]` where mask `[R, T, S]`.
+class Keys(NamedTuple):
+    """What queries attend to: keys and values `[R, S, K, Dh]`, and where each query may look."""
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array  # [R, T, S] bool
+
+
+def attend(query: jax.Array, parts: Sequence[Keys], *, scale: float, softcap: float | None) -> jax.Array:
+    """Attention `[R, T, H * Dh]` of query `[R, T, H, Dh]` to the keys of all `parts` together.
 
     Consecutive H / K query heads share a key head. Scores and softmax are float32, products are in the dtype of
-    the arguments.
+    the arguments. Parts are not joined first: a long cache would be copied to add one key to it.
     """
     rows, queries, heads, head_dim = query.shape
-    group = heads // key.shape[2]
+    group = heads // parts[0].key.shape[2]
     query = (query * scale).reshape(rows, queries, -1, group, head_dim)
     outputs = []
     # A loop over the few heads that share a key, not one product over (K, H / K): the CPU's backward pass
     # takes less than half the time, and accelerators get matrices large enough either way.
     for member in range(group):
-        scores = jnp.einsum('rtkd,rskd->rkts', query[:, :, :, member], key, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        scores = jnp.where(mask[:, None], scores, MASKED_SCORE)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        outputs.append(jnp.einsum('rkts,rskd->rtkd', probabilities, value))
+        scores = [_scores(query[:, :, :, member], part, softcap) for part in parts]
+        widths = [part.mask.shape[2] for part in parts]
+        probabilities = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
+        shares = jnp.split(probabilities, np.cumsum(widths)[:-1].tolist(), axis=-1)
+        outputs.append(sum(jnp.einsum('rkts,rskd->rtkd', share, part.value) for share, part in zip(shares, parts)))
     return jnp.stack(outputs, axis=3).reshape(rows, queries, heads * head_dim)
+
+
+def _scores(query: jax.Array, part: Keys, softcap: float | None) -> jax.Array:
+    """Float32 scores `[R, K, T, S]` of query `[R, T, K, Dh]`."""
+    scores = jnp.einsum('rtkd,rskd->rkts', query, part.key, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.where(part.mask[:, None], scores, MASKED_SCORE)
 
 
 def rotary(architecture: Architecture, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxpo.errors import unknown
 from jaxpo.models.architecture import Architecture
-from jaxpo.models.attention import attend, rotary, rotate, visible
+from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -60,14 +60,19 @@ def empty_cache(architecture: Architecture, rows: int, slots: int, dtype: Any) -
     )
 
 
-class Surroundings(NamedTuple):
-    """What every layer of one call is told: who sees whom, how far apart, and how positions turn heads."""
+class View(NamedTuple):
+    """Where the call's T tokens may look among S others."""
 
     mask: jax.Array  # [R, T, S] bool, windows aside
     distance: jax.Array  # [R, T, S] int32: position of the query minus that of the key
+
+
+class Surroundings(NamedTuple):
+    """What every layer of one call is told: who sees whom, how far apart, and how positions turn heads."""
+
+    views: tuple[View, ...]  # of the cache where there is one, then of the call's own tokens
     cosine: jax.Array  # [R, T, 1, Dh / 2]
     sine: jax.Array
-    slot: jax.Array | None  # int32: where in the cache the call's tokens go
 
 
 class Decoder(nn.Module):
@@ -108,24 +113,15 @@ class Decoder(nn.Module):
         hidden = _pin(hidden * jnp.asarray(architecture.embedding_scale, self.dtype), self.rows)
 
         place = (positions, segment, branch)
-        key_place, past, slot = place, None, None
+        views, past = (_view(place, place),), None
         if cache is not None:
-            cache = _note(cache, positions, segment)
-            key_place = (cache.positions, cache.segment, jnp.zeros_like(cache.segment))
-            past, slot = (cache.key, cache.value), cache.used - tokens.shape[1]
-        surroundings = Surroundings(
-            visible(place, key_place),
-            positions[:, :, None] - key_place[0][:, None, :],
-            *rotary(architecture, positions),
-            slot,
-        )
+            cached = (cache.positions, cache.segment, jnp.zeros_like(cache.segment))
+            views, past = (_view(place, cached), *views), (cache.key, cache.value)
+        surroundings = Surroundings(views, *rotary(architecture, positions))
         layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, self.rows, name='layers')
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
-        if cache is None:
-            return hidden
-        key, value = (jax.lax.dynamic_update_slice_in_dim(*pair, slot, axis=2) for pair in zip(past, new))
-        return hidden, cache.replace(key=key, value=value)
+        return hidden if cache is None else (hidden, _extended(cache, new, positions, segment))
 
 
 class Layer(nn.Module):
@@ -144,8 +140,8 @@ class Layer(nn.Module):
         surroundings: Surroundings,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         if window is not None:
-            mask = surroundings.mask & (surroundings.distance < window)
-            surroundings = surroundings._replace(mask=mask)
+            views = tuple(view._replace(mask=view.mask & (view.distance < window)) for view in surroundings.views)
+            surroundings = surroundings._replace(views=views)
         attention = Attention(self.architecture, self.dtype, name='attention')
         update, new = attention(_norm(self, 'attention_norm', hidden), past, surroundings)
         if self.architecture.post_norms:
@@ -177,21 +173,12 @@ class Attention(nn.Module):
             key = _norm(self, 'key_norm', key)
         query = rotate(query, surroundings.cosine, surroundings.sine)
         key = rotate(key, surroundings.cosine, surroundings.sine)
-        new = None
-        if past is not None:
-            new = (key, value)
-            key, value = (
-                jax.lax.dynamic_update_slice_in_dim(*pair, surroundings.slot, axis=1) for pair in zip(past, new)
-            )
-        mixed = attend(
-            query,
-            key,
-            value,
-            surroundings.mask,
-            scale=architecture.query_scale,
-            softcap=architecture.attention_softcap,
-        )
-        return _linear(self, 'output', mixed, architecture.width, architecture.output_bias), new
+        new = (key, value)
+        tensors = (new,) if past is None else (past, new)
+        parts = [Keys(*pair, view.mask) for pair, view in zip(tensors, surroundings.views)]
+        mixed = attend(query, parts, scale=architecture.query_scale, softcap=architecture.attention_softcap)
+        update = _linear(self, 'output', mixed, architecture.width, architecture.output_bias)
+        return update, None if past is None else new
 
     def _heads(self, name: str, hidden: jax.Array, heads: int, bias: bool) -> jax.Array:
         flat = _linear(self, name, hidden, heads * self.architecture.head_dim, bias)
@@ -288,11 +275,20 @@ def _windows(architecture: Architecture) -> jax.Array | None:
     return jnp.asarray([window or unlimited for window in architecture.windows], jnp.int32)
 
 
-def _note(cache: Cache, positions: jax.Array, segment: jax.Array) -> Cache:
-    """The cache with the places of new tokens written; their keys and values come from the layers."""
-    write = jax.lax.dynamic_update_slice_in_dim
-    return cache.replace(
-        positions=write(cache.positions, positions, cache.used, axis=1),
-        segment=write(cache.segment, segment, cache.used, axis=1),
+def _view(query: tuple[jax.Array, ...], key: tuple[jax.Array, ...]) -> View:
+    return View(visible(query, key), query[0][:, :, None] - key[0][:, None, :])
+
+
+def _extended(cache: Cache, new: tuple[jax.Array, jax.Array], positions: jax.Array, segment: jax.Array) -> Cache:
+    """The cache with a call's keys and values `[L, R, T, K, Dh]` and their places in its next slots."""
+
+    def write(old: jax.Array, update: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, update, cache.used, axis=axis)
+
+    return Cache(
+        key=write(cache.key, new[0], 2),
+        value=write(cache.value, new[1], 2),
+        positions=write(cache.positions, positions, 1),
+        segment=write(cache.segment, segment, 1),
         used=cache.used + positions.shape[1],
     )
