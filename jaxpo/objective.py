@@ -56,8 +56,7 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: int) -> Objective
         entry = losses.find(name)
         given = dict(given)
         weight = given.pop('weight', 1.0)
-        if isinstance(weight, bool | str):
-            raise InputError(f'objective.{name}.weight is a number, not {weight!r}.')
+        losses.registry.check_number(f'{name}.weight', weight)
         entry.check(given)
         values = {**entry.defaults, **given}
         words = {key: value for key, value in values.items() if isinstance(value, str)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import transformers
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxpo import config, sharding, state
 from jaxpo import objective as objectives
@@ -59,8 +59,9 @@ class Run:
         return self.mesh.size
 
     def _decoder(self, pretrained: Pretrained) -> Decoder:
-        dtype = jnp.dtype(self.config.model.dtype)
-        return Decoder(pretrained.architecture, dtype=dtype, remat=self.config.model.remat)
+        dtype, remat = jnp.dtype(self.config.model.dtype), self.config.model.remat
+        rows_sharding = NamedSharding(self.mesh, sharding.ROWS) if self.mesh.size > 1 else None
+        return Decoder(pretrained.architecture, dtype=dtype, remat=remat, rows=rows_sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,19 @@ def _check_settings(settings: config.Config) -> None:
     for name, value in positive.items():
         if value is not None and not value > 0:
             raise InputError(f'{name} must be positive, not {value!r}.')
+    at_least_zero = {
+        'train.epochs': settings.train.epochs,
+        'optimizer.weight_decay': settings.optimizer.weight_decay,
+        'optimizer.warmup_steps': settings.optimizer.warmup_steps,
+        'sample.temperature': settings.sample.temperature,
+        'evaluate.sample_prompts': settings.evaluate.sample_prompts,
+        'evaluate.show': settings.evaluate.show,
+    }
+    for name, value in at_least_zero.items():
+        if not value >= 0:
+            raise InputError(f'{name} must be 0 or more, not {value!r}.')
+    if not 0 < settings.sample.top_p <= 1:
+        raise InputError(f'sample.top_p must be above 0 and at most 1, not {settings.sample.top_p!r}.')
     if not settings.output:
         raise InputError('output is empty: name the directory of the run.')
     if not settings.model.source:
@@ -141,7 +155,18 @@ def read_pairs(run: Run, *, train: bool = True) -> Pairs:
         raw = sources.read_rows(data.evaluation, data.evaluation_split, data.revision)
         evaluation_pairs, reports['evaluation'] = audit.audit(raw, run.tokenizer, data, settings, training=train_pairs)
         evaluation_pairs = evaluation_pairs[: run.config.evaluate.pairs]
+    _check_positions(run, [*train_pairs, *evaluation_pairs])
     return Pairs(train_pairs, evaluation_pairs, reports)
+
+
+def _check_positions(run: Run, pairs: Sequence[Pair]) -> None:
+    longest = max((p.prompt.size + max(p.chosen.size, p.rejected.size) for p in pairs), default=0)
+    room = run.pretrained.architecture.max_positions
+    if longest > room:
+        raise InputError(
+            f'A prompt with its completion takes {longest} tokens, but {run.pretrained.name} has {room} positions. '
+            'Lower data.max_prompt_tokens or data.max_completion_tokens.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +200,7 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
 
     def reference(name):
         shapes = abstract_params(run.reference_decoders[name].architecture)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+        return jax.eval_shape(functools.partial(_frozen, dtype=dtype), shapes)
 
     references = {name: reference(name) for name in run.config.references}
     params = abstract_params(run.pretrained.architecture)
@@ -185,20 +210,29 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
     return placed, shardings
 
 
+def _frozen(params, dtype):
+    """A copy with matrices in the compute dtype. Vectors stay float32, as they are used: the copy computes the same."""
+
+    def copy(leaf, matrix):
+        return jnp.array(leaf, dtype if matrix else leaf.dtype, copy=True)
+
+    return jax.tree.map(copy, params, state.matrices(params))
+
+
 def load_references(run: Run, shardings: TrainState, policy=None) -> dict[str, Mapping]:
-    """Reference parameters in the compute dtype: copies, so that a donated policy takes none of them along.
+    """Reference parameters, matrices in the compute dtype: copies, so that a donated policy takes none of them along.
 
     `policy`: its parameters at step 0, where they are in memory already.
     """
     seed, dtype = run.config.train.seed, jnp.dtype(run.config.model.dtype)
-    cast = jax.jit(lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params))
+    freeze = jax.jit(functools.partial(_frozen, dtype=dtype))
 
     def source(name):
         if name in run.references:
             return load_params(run.references[name], shardings.reference_params[name], seed)
         return load_params(run.pretrained, shardings.params, seed) if policy is None else policy
 
-    return {name: cast(source(name)) for name in run.config.references}
+    return {name: freeze(source(name)) for name in run.config.references}
 
 
 def load_state(run: Run) -> TrainState:

@@ -183,7 +183,8 @@ def _generate_batch(
     count, slots = prompts.shape
     place = jnp.arange(slots, dtype=jnp.int32)[None, :] - (slots - lengths)[:, None]
     segment = (place >= 0).astype(jnp.int32)
-    cache = empty_cache(decoder.architecture, count, slots + new_slots, decoder.dtype)
+    # Behind a barrier, or XLA spends seconds folding the attention to a cache it knows to be empty.
+    cache = jax.lax.optimization_barrier(empty_cache(decoder.architecture, count, slots + new_slots, decoder.dtype))
 
     def read(tokens: jax.Array, positions: jax.Array, segment: jax.Array, cache: Cache) -> Any:
         """The logits [B, V] after the last of the tokens [B, T], and the cache with them."""

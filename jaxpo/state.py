@@ -16,7 +16,7 @@ class TrainState:
 
     step: jax.Array  # [] int32: optimizer steps taken
     params: Any  # policy, float32
-    reference_params: dict[str, Any]  # by name, in the compute dtype; K = len(reference_params), may be 0
+    reference_params: dict[str, Any]  # by name, matrices in the compute dtype; K = len(reference_params), may be 0
     opt_state: optax.OptState
 
 

@@ -35,8 +35,8 @@ def train(experiment: Experiment) -> None:
     pairs = read_pairs(run)
     schedule = Schedule(run.config.train, len(pairs.train))
     shapes, _ = abstract_state(run)
-    provenance.claim(run.directory, run.config)
     check_room(run.directory, shapes, run.config.train.keep_checkpoints)
+    provenance.claim(run.directory, run.config)
     if jax.process_index() == 0:
         audit.write_report(run.directory / 'data_report.json', pairs.reports)
     report.print_header(run, pairs, schedule)

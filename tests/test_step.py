@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny_decoders
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from jaxpo import objective, sharding, state, step
 from jaxpo.config import Optimizer, Rows
@@ -37,7 +37,8 @@ PAIRS = pairs_of()
 
 
 def models(config=CONFIG, mesh=None, dtype=jnp.float32, remat='none', reference=True):
-    decoder = Decoder(from_hugging_face(config), dtype=dtype, remat=remat)
+    rows = None if mesh is None else NamedSharding(mesh, sharding.ROWS)
+    decoder = Decoder(from_hugging_face(config), dtype=dtype, remat=remat, rows=rows)
     return step.Models(decoder, {'initial': decoder} if reference else {}, mesh)
 
 

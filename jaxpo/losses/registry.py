@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -46,8 +47,14 @@ class Loss:
             choices = typing.get_args(hints.get(name))
             if choices and value not in choices:
                 raise unknown(f'{self.name}.{name}', str(value), choices)
-            if not choices and not isinstance(value, int | float):
-                raise InputError(f'{self.name}.{name} is a number, not {value!r}.')
+            if not choices:
+                check_number(f'{self.name}.{name}', value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """InputError where `value` is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f'objective.{name} is a finite number, not {value!r}.')
 
 
 def loss(source: str, *, reads_reference: bool = True, normaliser: Literal['pairs', 'tokens'] = 'pairs'):
