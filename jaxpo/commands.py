@@ -34,11 +34,11 @@ def evaluate(experiment: Experiment) -> None:
     step, params = _policy(run)
     _, shardings = abstract_state(run)
     references = load_references(run, shardings)
-    metrics, samples = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), params, references)
-    if samples:
-        evaluation.write_samples(run.directory / f'evaluation_samples_{step:06d}.jsonl', samples)
-    _write_json(run.directory / f'evaluation_{step:06d}.json', {'step': step, **metrics})
-    report.print_evaluation(run, step, metrics)
+    found = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), params, references)
+    if found.samples:
+        evaluation.write_samples(run.directory / f'evaluation_samples_{step:06d}.jsonl', found.samples)
+    _write_json(run.directory / f'evaluation_{step:06d}.json', {'step': step, **found.metrics})
+    report.print_evaluation(run, step, found.metrics)
 
 
 def sample(experiment: Experiment) -> None:
@@ -47,7 +47,7 @@ def sample(experiment: Experiment) -> None:
     prompts = _prompts(run)
     step, params = _policy(run) if run.config.sample.policy == 'newest' else _initial(run)
     console().print(f'Sampling {len(prompts)} x {run.config.sample.completions} completions after step {step}.')
-    groups = evaluation.generate(run, params, prompts, run.config.sample.completions)
+    groups = evaluation.generate(run, params, prompts, run.config.sample.completions, run.config.sample)
     sampled = [
         [evaluation.describe(run, prompt, generated, None) for generated in group]
         for prompt, group in zip(prompts, groups)

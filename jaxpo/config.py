@@ -123,7 +123,7 @@ class Evaluate:
     sample_prompts: int = 0
     """Held-out prompts to sample two completions each for, as `sample` says; 0 samples none."""
     show: int = 3
-    """Prompts of which to print a completion from before and after training."""
+    """Sampled prompts whose greedy completions are printed, from before and after training."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpo import sampling, step
+from jaxpo import config, sampling, step
 from jaxpo.data import prompts as prompt_files
 from jaxpo.data.prompts import Prompt
 from jaxpo.models.tokenizer import end_ids
@@ -30,6 +30,15 @@ class Sampled:
     ended: bool
     reward: float | None  # by the experiment's `reward`, where it has one
     log_ratio: float | None  # log pi - log pi_ref, nats, where there is a reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    metrics: dict[str, float]  # with the prefix `eval/`
+    samples: list[Sampled]  # COMPLETIONS of each prompt, in order
+    shown: list[Sampled]  # the greedy completion of the first few prompts: for people, in no metric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +64,20 @@ def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
     )
 
 
-def evaluate(evaluator: Evaluator, params, reference_params) -> tuple[dict[str, float], list[Sampled]]:
-    """Metrics with the prefix `eval/`, and the completions sampled for them.
+def evaluate(evaluator: Evaluator, params, reference_params) -> Evaluation:
+    """Scores the held-out pairs and samples the held-out prompts, where there are any.
 
     `eval/reward` and `eval/kl` are means over samples, each with its standard error over prompts; `eval/kl` estimates
-    KL(policy || reference) of whole completions, nats.
+    KL(policy || reference) of whole completions, nats, where `sample` draws from the policy itself.
     """
-    metrics = _score_pairs(evaluator, params, reference_params) if evaluator.pairs else {}
-    samples = _sample(evaluator, params, reference_params) if evaluator.prompts else []
-    if samples:
+    run, metrics, samples, shown = evaluator.run, {}, [], []
+    if evaluator.pairs:
+        metrics |= _score_pairs(evaluator, params, reference_params)
+    if evaluator.prompts:
+        samples = _sample(evaluator, params, reference_params)
         metrics |= _summary(samples)
-    return {f'eval/{name}': value for name, value in metrics.items()}, samples
+        shown = _show(run, params, evaluator.prompts[: run.config.evaluate.show])
+    return Evaluation({f'eval/{name}': value for name, value in metrics.items()}, samples, shown)
 
 
 def _score_pairs(evaluator: Evaluator, params, reference_params) -> dict[str, float]:
@@ -91,7 +103,7 @@ def _batches(run: Run, pairs: Sequence[Pair]):
 def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
     run = evaluator.run
     prompts = evaluator.prompts
-    groups = generate(run, params, prompts, COMPLETIONS)
+    groups = generate(run, params, prompts, COMPLETIONS, run.config.sample)
     log_ratios = [[None] * COMPLETIONS for _ in prompts]
     if run.config.references:
         log_ratios = _log_ratios(evaluator, params, reference_params, groups)
@@ -102,9 +114,16 @@ def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
     ]
 
 
-def generate(run: Run, params, prompts: Sequence[Prompt], completions: int) -> list[list[sampling.Generated]]:
-    """Completions of each prompt, as the config's `sample` says."""
-    settings = run.config.sample
+def _show(run: Run, params, prompts: Sequence[Prompt]) -> list[Sampled]:
+    greedy = dataclasses.replace(run.config.sample, temperature=0.0, batch=max(1, len(prompts)))
+    groups = generate(run, params, prompts, 1, greedy)
+    return [describe(run, prompt, generated, None) for prompt, (generated,) in zip(prompts, groups)]
+
+
+def generate(
+    run: Run, params, prompts: Sequence[Prompt], completions: int, settings: config.Sample
+) -> list[list[sampling.Generated]]:
+    """Completions of each prompt, as `settings` say."""
     return sampling.generate(
         run.decoder,
         params,

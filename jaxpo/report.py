@@ -144,20 +144,15 @@ def _with_error(metrics: dict[str, float], name: str) -> str:
 
 
 def _print_samples(run: Run, steps: int) -> None:
-    """The prompts whose reward changed most in either direction would flatter or shame; the first ones do neither."""
+    """The greedy completions of the first held-out prompts, before and after: not picked for what they show."""
     out = console()
-    before, after = (_first_samples(run.directory / f'samples_{step:06d}.jsonl') for step in (0, steps))
-    for prompt in list(after)[: run.config.evaluate.show]:
-        out.print(f'\n[bold]{escape(prompt)}[/bold]')
-        for label, sample in (('before', before.get(prompt)), ('after', after[prompt])):
-            if sample is not None:
-                reward = '' if sample['reward'] is None else f' (reward {sample["reward"]:+.2f})'
-                out.print(f'  [cyan]{label}[/cyan]{reward}: {escape(sample["completion"])}')
+    before, after = (_read_samples(run.directory / f'greedy_{step:06d}.jsonl') for step in (0, steps))
+    for first, last in zip(before, after):
+        out.print(f'\n[bold]{escape(first["prompt"])}[/bold]')
+        for label, sample in (('before', first), ('after', last)):
+            reward = '' if sample['reward'] is None else f' (reward {sample["reward"]:+.2f})'
+            out.print(f'  [cyan]{label}[/cyan]{reward}: {escape(sample["completion"])}')
 
 
-def _first_samples(path: pathlib.Path) -> dict[str, dict]:
-    """The first sample of each prompt, in order."""
-    if not path.exists():
-        return {}
-    samples = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
-    return {sample['prompt']: sample for sample in reversed(samples)} if samples else {}
+def _read_samples(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []

@@ -135,15 +135,17 @@ def _stop_broken(run: Run, number: int, indices: np.ndarray, metrics) -> None:
 
 def _evaluate(run: Run, evaluator: evaluate.Evaluator, state: TrainState, number: int, log) -> None:
     started = time.monotonic()
-    metrics, samples = evaluate.evaluate(evaluator, state.params, state.reference_params)
-    if not metrics:
+    found = evaluate.evaluate(evaluator, state.params, state.reference_params)
+    if not found.metrics:
         return
-    log.write(number, {**metrics, 'eval/seconds': time.monotonic() - started})
-    console().print(f'Evaluated after {number} steps in {time.monotonic() - started:.0f} s.')
-    if samples:
-        evaluate.write_samples(run.directory / f'samples_{number:06d}.jsonl', samples)
-        for place, sample in enumerate(samples[:: evaluate.COMPLETIONS][: run.config.evaluate.show]):
-            log.write_text(number, f'samples/{place}', f'**{sample.prompt}**\n\n{sample.completion}')
+    seconds = time.monotonic() - started
+    log.write(number, {**found.metrics, 'eval/seconds': seconds})
+    console().print(f'Evaluated after {number} steps in {seconds:.0f} s.')
+    if found.samples:
+        evaluate.write_samples(run.directory / f'samples_{number:06d}.jsonl', found.samples)
+        evaluate.write_samples(run.directory / f'greedy_{number:06d}.jsonl', found.shown)
+    for place, sample in enumerate(found.shown):
+        log.write_text(number, f'samples/{place}', f'**{sample.prompt}**\n\n{sample.completion}')
 
 
 class _Meter:
