@@ -50,10 +50,12 @@ def open_metrics(directory: pathlib.Path, resume_step: int) -> Iterator[MetricsL
     temporary = path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
     temporary.replace(path)
-    with (
-        path.open('a', encoding='utf-8') as lines,
-        SummaryWriter(str(directory / 'tensorboard'), purge_step=resume_step + 1 if resume_step else 0) as tensorboard,
-    ):
+    tensorboard = SummaryWriter(
+        str(directory / 'tensorboard'),
+        purge_step=resume_step + 1 if resume_step else 0,
+        filename_suffix=f'.{resume_step}',  # names hold whole seconds: a quick resume would overwrite
+    )
+    with path.open('a', encoding='utf-8') as lines, tensorboard:
         yield MetricsLog(lines, tensorboard)
 
 
