@@ -134,13 +134,15 @@ def _stop_broken(run: Run, number: int, indices: np.ndarray, metrics) -> None:
 
 
 def _evaluate(run: Run, evaluator: evaluate.Evaluator, state: TrainState, number: int, log) -> None:
+    if not evaluator.pairs and not evaluator.prompts:
+        return
+    what = f'{len(evaluator.pairs)} held-out pairs' + (f', {len(evaluator.prompts)} prompts' if evaluator.prompts else '')
+    console().print(f'Evaluating after {number} steps: {what} ...')
     started = time.monotonic()
     found = evaluate.evaluate(evaluator, state.params, state.reference_params)
-    if not found.metrics:
-        return
     seconds = time.monotonic() - started
     log.write(number, {**found.metrics, 'eval/seconds': seconds})
-    console().print(f'Evaluated after {number} steps in {seconds:.0f} s.')
+    console().print(f'Evaluated in {seconds:.0f} s.')
     if found.samples:
         evaluate.write_samples(run.directory / f'samples_{number:06d}.jsonl', found.samples)
         evaluate.write_samples(run.directory / f'greedy_{number:06d}.jsonl', found.shown)

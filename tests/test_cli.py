@@ -189,6 +189,24 @@ def test_pairs_need_a_reward(tmp_path, capsys):
     assert 'defines no reward' in error_of(['sample', path, '--sample.pairs', tmp_path / 'pairs.jsonl'], capsys)
 
 
+def test_a_loss_of_the_experiments_own_works_like_a_built_in(module, capsys):
+    readme = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+    own = next(block.split('```')[0] for block in readme.split('```python\n') if '@loss(' in block)
+    module.write_text(own + module.read_text() + OWN_OBJECTIVE)
+    assert cli.main(['train', str(module), *FAST, '--objective.margin-hinge.beta', '0.5']) == 0
+    first = json.loads((module.parent / 'run' / 'metrics.jsonl').read_text().splitlines()[1])
+    assert first['loss'] == 1.0
+    assert json.loads((module.parent / 'run' / 'config.json').read_text())['objective']['margin_hinge']['beta'] == 0.5
+
+
+OWN_OBJECTIVE = """
+import dataclasses
+built_in = get_config
+def get_config():
+    return dataclasses.replace(built_in(), objective={'margin_hinge': {}})
+"""
+
+
 def test_shipped_experiments_load():
     for path in sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py')):
         pytest.importorskip('vaderSentiment')

@@ -16,12 +16,6 @@ def logp(completion: Completion) -> jax.Array:
     return (completion.weights * completion.policy_logps).sum(axis=-1)
 
 
-def reference_logp(completion: Completion) -> jax.Array:
-    """Log-probability of the completion under the one reference, nats."""
-    (reference_logps,) = completion.reference_logps
-    return (completion.weights * reference_logps).sum(axis=-1)
-
-
 def log_ratio(completion: Completion) -> jax.Array:
     """log pi - log pi_ref of the completion, nats. Tokens are subtracted before they are summed: exact at 0."""
     (reference_logps,) = completion.reference_logps
