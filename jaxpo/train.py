@@ -136,7 +136,9 @@ def _stop_broken(run: Run, number: int, indices: np.ndarray, metrics) -> None:
 def _evaluate(run: Run, evaluator: evaluate.Evaluator, state: TrainState, number: int, log) -> None:
     if not evaluator.pairs and not evaluator.prompts:
         return
-    what = f'{len(evaluator.pairs)} held-out pairs' + (f', {len(evaluator.prompts)} prompts' if evaluator.prompts else '')
+    what = f'{len(evaluator.pairs)} held-out pairs' + (
+        f', {len(evaluator.prompts)} prompts' if evaluator.prompts else ''
+    )
     console().print(f'Evaluating after {number} steps: {what} ...')
     started = time.monotonic()
     found = evaluate.evaluate(evaluator, state.params, state.reference_params)

@@ -1,7 +1,7 @@
 """Pairs -> rows of a batch: the one place that knows how pairs are laid out.
 
-Shapes are few and static, since each one compiles: the row length T is one of `lengths`; scored tokens S and
-completion tokens C come in quarters of T; rows R are a multiple of `row_multiple` up to `microbatch`.
+Shapes are few and static, since each one compiles: the row length T is one of `lengths`; scored tokens S come in
+quarters of T; completions have room for all of it (C = T, scalars only); rows R are a multiple of `row_multiple` up to `microbatch`.
 """
 
 import collections
@@ -17,14 +17,13 @@ from jaxpo.types import Batch, Pair
 
 
 class Shape(NamedTuple):
-    """Sizes of a batch: microbatches A, rows R, tokens T, scored tokens S, pair slots P, completion tokens C."""
+    """Sizes of a batch: microbatches A, rows R, tokens T, scored tokens S, pair slots P."""
 
     microbatches: int
     rows: int
     tokens: int
     scored: int
     slots: int
-    completion: int
 
 
 def lengths_of(pairs: Sequence[Pair]) -> np.ndarray:
@@ -78,8 +77,7 @@ def plan_rows(lengths: np.ndarray, rows: config.Rows, row_multiple: int = 1) -> 
     _, length, microbatches, count, row_of = min(plans, key=lambda plan: plan[:2])
     fullest = int(np.bincount(row_of, weights=lengths[:, 1] + lengths[:, 2]).max())
     scored = -(-_quarters(fullest, length) // 8) * 8
-    completion = _quarters(int(lengths[:, 1:].max()), length)
-    return Shape(microbatches, count, length, scored, slots, completion), row_of
+    return Shape(microbatches, count, length, scored, slots), row_of
 
 
 def _row_counts(used: int, microbatch: int, row_multiple: int) -> tuple[int, int]:
@@ -158,7 +156,7 @@ def _empty(shape: Shape, columns: list[str]) -> Batch:
     """A batch without pairs, its rows not yet split into microbatches."""
     count = shape.microbatches * shape.rows
     tokens, scored, slots = (count, shape.tokens), (count, shape.scored), (count, shape.slots)
-    completions = (*slots, shape.completion)
+    completions = (*slots, shape.tokens)
     return Batch(
         **{name: np.zeros(tokens, np.int32) for name in ('tokens', 'positions', 'segment', 'branch')},
         **{name: np.zeros(scored, np.int32) for name in ('source', 'target')},
