@@ -6,11 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15.0
-SHOWN = ('loss', 'rewards/accuracies', 'rewards/margins', 'grad_norm', 'tokens_per_second')
+# What a line of progress has room for: the metric, and its short name there.
+SHOWN = (
+    ('loss', 'loss'),
+    ('rewards/accuracies', 'accuracy'),
+    ('rewards/margins', 'margin'),
+    ('tokens_per_second', 'tokens/s'),
+)
 
 
 def console() -> Console:
@@ -26,10 +32,8 @@ def progress(steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, floa
         yield _plain_lines(out, steps)
         return
     columns = (
-        TextColumn('training'),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn('{task.fields[status]}'),
     )
@@ -51,12 +55,12 @@ def _plain_lines(out: Console, steps: int) -> Callable[[int, Mapping[str, float]
 
 
 def _status(metrics: Mapping[str, float]) -> str:
-    return '  '.join(f'{name} {number(metrics[name])}' for name in SHOWN if name in metrics)
+    return '  '.join(f'{short} {number(metrics[name], 3)}' for name, short in SHOWN if name in metrics)
 
 
-def number(value: float) -> str:
+def number(value: float, digits: int = 4) -> str:
     """A number at a readable precision."""
-    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.{digits}g}'
 
 
 def bytes_text(count: float) -> str:

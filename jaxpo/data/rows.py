@@ -1,7 +1,8 @@
 """Pairs -> rows of a batch: the one place that knows how pairs are laid out.
 
 Shapes are few and static, since each one compiles: the row length T is one of `lengths`; scored tokens S come in
-quarters of T; completions have room for all of it (C = T, scalars only); rows R are a multiple of `row_multiple` up to `microbatch`.
+quarters of T; completions have room for all of T (C = T: they are scalars); rows R are a multiple of `row_multiple` up
+to `microbatch`.
 """
 
 import collections
