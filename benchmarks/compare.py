@@ -5,7 +5,7 @@ import json
 import pathlib
 
 EQUAL = ('pairs', 'warmup_steps', 'timed_steps', 'threads', 'machine')
-HEADER = ('side', 'mode', 's/step', 'tokens/s', 'peak memory, GiB', 'setup, s', 'largest loss difference')
+HEADER = ('side', 'mode', 's/step', 'tokens/s', 'peak memory, GiB', 'setup, s', 'of it compiling', 'largest loss difference')
 
 
 def refuse_unequal_work(first: dict, other: dict) -> None:
@@ -27,6 +27,7 @@ def row(first: dict, result: dict) -> tuple[str, ...]:
         f'{result["tokens_per_second"]:.1f}',
         f'{result["peak_rss_gib"]:.2f}',
         f'{result["setup_seconds"]:.1f}',
+        f'{result.get("compile_seconds", 0.0):.1f}',
         f'{loss_difference(first, result):.1e}',
     )
 

@@ -76,7 +76,9 @@ def benchmark(options: argparse.Namespace) -> None:
     chunks = [pairs[first : first + options.batch_pairs] for first in range(0, len(pairs), options.batch_pairs)]
     state = load_state(run)
     settings = {'learning_rate': run.config.optimizer.learning_rate, 'objective': run.objective.hyperparameters}
+    compiling = record.clocks()
     compiled = compile_steps(run, state, [make_batch(run, chunk) for chunk in chunks], settings)
+    compile_seconds = record.elapsed(compiling, record.clocks())['seconds']
     setup, setup_rss = record.elapsed(start, record.clocks()), record.peak_rss_gib()
     steps = train(run, state, chunks, compiled, settings)
     record.write_result(
@@ -89,6 +91,7 @@ def benchmark(options: argparse.Namespace) -> None:
         setup_seconds=setup['seconds'],
         setup_peak_rss_gib=setup_rss,
         compiled_shapes=len(compiled),
+        compile_seconds=compile_seconds,
         peak_rss_gib=record.peak_rss_gib(),
         threads=len(os.sched_getaffinity(0)),
         versions={name: importlib.metadata.version(name) for name in ('jaxpo', 'jax', 'flax', 'optax')},
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument('--layout', choices=['padded', 'packed', 'shared'], default='shared')
     parser.add_argument('--lengths', type=int, nargs='+', default=[256, 512])
     parser.add_argument('--microbatch', type=int, default=8)
-    parser.add_argument('--remat', choices=['none', 'dots', 'full'], default='none')
+    parser.add_argument('--remat', choices=['none', 'dots', 'full'], default='dots')
     parser.add_argument('--batch-pairs', type=int, default=4)
     parser.add_argument('--warmup-steps', type=int, default=2)
     parser.add_argument('--timed-steps', type=int, default=8)

@@ -40,7 +40,7 @@ def get_config() -> Config:
         ),
         rows=Rows(layout='shared', lengths=(256,), microbatch=4, pairs_per_row=4),
         objective={'dpo': {'beta': 0.1}},
-        optimizer=Optimizer(learning_rate=1e-5, warmup_steps=4),
+        optimizer=Optimizer(learning_rate=2e-5, warmup_steps=4),
         train=Train(batch_pairs=8, epochs=1),
         evaluate=Evaluate(sample_prompts=48),
         sample=Sample(max_new_tokens=64, batch=64),

@@ -1,5 +1,6 @@
 """Evaluation: held-out pairs scored, held-out prompts sampled, rewarded and measured against the reference."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -81,17 +82,17 @@ def evaluate(evaluator: Evaluator, params, reference_params) -> Evaluation:
 
 
 def _score_pairs(evaluator: Evaluator, params, reference_params) -> dict[str, float]:
-    """The objective's metrics, as means over the held-out pairs (its token means over their tokens)."""
-    run, totals = evaluator.run, {}
-    numbers = run.objective.hyperparameters
+    """The objective's metrics over all held-out pairs."""
+    run, totals = evaluator.run, collections.defaultdict(float)
+    counts = {
+        'pairs': np.float32(len(evaluator.pairs)),
+        'tokens': np.float32(sum(pair.chosen.size for pair in evaluator.pairs)),
+    }
     for batch in _batches(run, evaluator.pairs):
-        means = jax.device_get(evaluator.eval_step(params, reference_params, batch, numbers))
-        weight = means.pop('pairs')
-        means.pop('tokens')
-        for name, value in {**means, 'pairs': 1.0}.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * float(weight)
-    pairs = totals.pop('pairs')
-    return {name: value / pairs for name, value in totals.items()}
+        shares = evaluator.eval_step(params, reference_params, batch, run.objective.hyperparameters, counts)
+        for name, value in jax.device_get(shares).items():
+            totals[name] += float(value)
+    return dict(totals)
 
 
 def _batches(run: Run, pairs: Sequence[Pair]):

@@ -117,20 +117,18 @@ def make_train_step(
 
 
 def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metrics]:
-    """The step `(params, reference_params, batch [A, R, ...], hyperparameters) -> metrics`, means over its pairs.
+    """The step `(params, reference_params, batch [A, R, ...], hyperparameters, counts) -> metrics`, without gradients.
 
-    No gradients are computed. Beside the objective's metrics it returns `pairs` and `tokens`, which the means are over.
+    `counts` are the `pairs` and chosen `tokens` of the whole evaluation: its batches' metrics add up to its means.
     """
 
-    def eval_step(params, reference_params, batch, hyperparameters):
-        counts = _counts(batch)
-
+    def eval_step(params, reference_params, batch, hyperparameters, counts):
         def part(microbatch):
             chosen, rejected = _sides(models, params, reference_params, microbatch)
             weight = microbatch.pair_weight.reshape(-1)
             return objectives.evaluate(objective, hyperparameters, chosen, rejected, weight, counts)[1]
 
-        return {**_sum_over_microbatches(part, batch), 'pairs': counts['pairs'], 'tokens': counts['tokens']}
+        return _sum_over_microbatches(part, batch)
 
     return eval_step
 

@@ -173,7 +173,14 @@ class _Meter:
 
 @contextlib.contextmanager
 def _interruption(signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether one of `signals` came. A second one ends the process at once."""
+    """Gives a function that says whether one of `signals` came. A second one ends the process at once.
+
+    Several processes keep the default: they die, and resume from their last checkpoint.
+    """
+    if jax.process_count() > 1:
+        # One process that stops alone would leave the others waiting for it.
+        yield lambda: False
+        return
     caught = []
 
     def note(number, frame):
