@@ -67,6 +67,11 @@ def _sharding(name, leaf, mesh):
     return NamedSharding(mesh, spec)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
 def bytes_per_device(tree, shardings) -> int:
     """Bytes that the arrays of `tree` (or their shapes) take on one device."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxpo import evaluate, provenance, report, step
+from jaxpo import evaluate, provenance, report, sharding, step
 from jaxpo.checkpoint import check_room, open_checkpoints
 from jaxpo.console import console, progress
 from jaxpo.data import audit
@@ -69,7 +69,11 @@ def _resume(run: Run, checkpoints, done: int) -> TrainState:
 
 def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, log, evaluator) -> TrainState:
     models = step.Models(run.decoder, run.reference_decoders, run.mesh)
-    train_step = jax.jit(step.make_train_step(models, run.objective, run.optimizer), donate_argnums=0)
+    train_step = jax.jit(
+        step.make_train_step(models, run.objective, run.optimizer),
+        donate_argnums=0,
+        out_shardings=(abstract_state(run)[1], sharding.replicated(run.mesh)),
+    )
     learning_rate = learning_rate_schedule(run.config.optimizer, schedule.steps)
     settings = run.config.train
     meter = _Meter(pairs, schedule, done, run.config.rows.layout)

@@ -188,6 +188,29 @@ def test_a_new_beta_or_learning_rate_compiles_nothing():
     assert train_step._cache_size() == 1
 
 
+def test_a_mesh_keeps_its_shardings_and_compiles_once():
+    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    made = objective.make(SPEC, 1)
+    optimizer = state.make_optimizer(Optimizer())
+    current = first_state(optimizer=optimizer, mesh=mesh)
+    shardings = sharding.parameter_shardings(current, mesh)
+    train_step = jax.jit(
+        step.make_train_step(models(mesh=mesh), made, optimizer),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    batch = sharding.put(fill_rows(PAIRS, PADDED, row_multiple=8), mesh, sharding.MICROBATCHES)
+    for _ in range(3):
+        held = current.params['embedding']
+        current, _ = train_step(current, batch, {'learning_rate': 1e-3, 'objective': made.hyperparameters})
+        assert held.is_deleted()
+    assert train_step._cache_size() == 1
+    assert current.params['embedding'].sharding.spec[1] == 'fsdp'
+    assert current.opt_state[1].mu['layers']['mlp']['up'].addressable_shards[0].data.size * 4 == (
+        current.params['layers']['mlp']['up'].size
+    )
+
+
 @pytest.mark.parametrize('where', ['params', 'reference_params'])
 def test_nan_reaches_neither_parameters_nor_optimizer(where):
     optimizer = state.make_optimizer(Optimizer())
