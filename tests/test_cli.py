@@ -109,6 +109,8 @@ def test_the_initial_policy_can_be_sampled_after_training(module, capsys):
         (['train', 'experiment.py', '--model.source', 'modle'], 'No model at'),
         (['train', 'experiment.py', '--objective.dpo.beta', 'nan'], 'objective.dpo.beta is a finite number'),
         (['train', 'experiment.py', '--data.train', 'trian.jsonl'], 'train.jsonl'),
+        (['train', 'experiment.py', '--data.revision', 'main'], 'data.revision is only for hub data sets'),
+        (['train', 'experiment.py', '--model.revision', 'main'], 'revision is only for hub ids'),
         (['train', 'experiment.py', '--mesh.fsdp', '3'], '8 devices'),
         (['train', 'experiment.py', '--rows.microbatch', '7'], 'multiple of the 8 devices'),
         (['train', 'experiment.py', '--train.steps', '0'], 'train.steps must be positive'),

@@ -60,6 +60,8 @@ def read_rows(source: str, split: str = 'train', revision: str | None = None) ->
     if path.is_dir():
         raise InputError(f'Data source {source!r} is a directory; expected a file ({", ".join(SUFFIXES)}).')
     if path.is_file():
+        if revision is not None:
+            raise InputError(f'data.revision is only for hub data sets; {source!r} is a file. Leave it unset.')
         rows = _read_file(path)
     elif source.endswith(SUFFIXES) or not HUB_ID.fullmatch(source):
         raise _missing_file(path)
