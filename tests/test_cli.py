@@ -8,7 +8,7 @@ import safetensors.numpy
 import tiny_checkpoints
 import tiny_runs
 
-from jaxpo import cli
+from jaxpo import cli, losses
 
 FAST = ['--mesh.data', '8', '--train.steps', '2']
 
@@ -191,7 +191,15 @@ def test_pairs_need_a_reward(tmp_path, capsys):
     assert 'defines no reward' in error_of(['sample', path, '--sample.pairs', tmp_path / 'pairs.jsonl'], capsys)
 
 
-def test_a_loss_of_the_experiments_own_works_like_a_built_in(module, capsys):
+@pytest.fixture
+def registry_as_it_was():
+    before = dict(losses.LOSSES)
+    yield
+    losses.LOSSES.clear()
+    losses.LOSSES.update(before)
+
+
+def test_a_loss_of_the_experiments_own_works_like_a_built_in(module, registry_as_it_was):
     readme = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
     own = next(block.split('```')[0] for block in readme.split('```python\n') if '@loss(' in block)
     module.write_text(own + module.read_text() + OWN_OBJECTIVE)

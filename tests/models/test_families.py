@@ -66,7 +66,7 @@ def test_one_error_names_every_fault():
         families.check_tensors(from_hugging_face(CONFIGS['llama']), shapes, 'here')
     assert str(error.value) == (
         'here does not fit its config.json: misshaped model.layers.0.self_attn.q_proj.weight: [24, 48], config.json '
-        'says [48, 24]; missing model.layers.1.mlp.up_proj.weight [40, 24]; missing model.norm.weight [24]; '
+        'says [32, 24]; missing model.layers.1.mlp.up_proj.weight [40, 24]; missing model.norm.weight [24]; '
         'unexpected model.layers.3.mlp.up_proj.weight [40, 24].'
     )
 
