@@ -3,6 +3,7 @@
 Run from the repository root, with torch installed: PYTHONPATH=tests python tests/golden/make_decoder_golden.py
 """
 
+import copy
 import json
 import pathlib
 
@@ -16,7 +17,7 @@ AT = [0, 6, 39]  # the positions whose logits are kept: before, within and beyon
 
 def torch_logits(config, params, tokens):
     """Float32 logits [R, T, V] of transformers' eager implementation with our parameters."""
-    settings = dict(config)
+    settings = copy.deepcopy(config)  # transformers writes into what it is given
     model_config = transformers.AutoConfig.for_model(settings.pop('model_type'), **settings)
     model = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation='eager')
     missing, unexpected = model.load_state_dict(_state_dict(config, params), strict=False)
