@@ -22,7 +22,7 @@ be copied. Every field of its config is an option, as --section.field value.
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 the run had to stop (its last checkpoint stands); 2 bad input, nothing was changed;
-75 interrupted with its state saved: the same command resumes it.
+75 interrupted with its state saved, 130 without: the same command resumes from the last checkpoint.
 """
 
 
@@ -63,12 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as problem:
         error.print(f'[bold yellow]jaxpo:[/bold yellow] {escape(str(problem))}')
         return 75
+    except KeyboardInterrupt:
+        error.print('[bold yellow]jaxpo:[/bold yellow] Stopped; the last checkpoint stands.')
+        return 130
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f'jaxpo {name}',
+        usage=f'jaxpo {name} EXPERIMENT [--dry-run] [--section.field value ...]',
         description=f'{command.summary[0].upper()}{command.summary[1:]}.',
         epilog=f'`jaxpo {name} EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}',
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,8 +32,8 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
       command: the command's name, for messages.
 
     Raises:
-      InputError: no such file, no get_config, or not a Config. A wrong override prints its own message, the nearest
-        setting included, and exits with code 2.
+      InputError: no such file, one that cannot be imported, no get_config, or not a Config. A wrong override prints
+        its own message, the nearest setting included, and exits with code 2.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -43,7 +43,10 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
     if spec is None:
         raise InputError(f'{path} is not a Python module (.py).')
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise InputError(f'{path} cannot be imported: {error}.') from error
     if not hasattr(module, 'get_config'):
         raise InputError(f'{path} defines no get_config(). It returns the jaxpo.config.Config to run.')
     config = module.get_config()

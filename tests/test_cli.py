@@ -147,6 +147,8 @@ def test_a_wrong_option_names_the_nearest_and_exits_with_2(words, hint, module, 
     'text, message',
     [
         ('x = 1', 'defines no get_config'),
+        ('import vaderSentimental', "No module named 'vaderSentimental'"),
+        ('def get_config(:', 'cannot be imported'),
         ('def get_config(): return {}', 'not a jaxpo.config.Config'),
         (
             'import jaxpo.config as c\ndef get_config(): return c.Config(output="o", objective={"dpoo": {}})',
