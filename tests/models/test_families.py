@@ -1,5 +1,7 @@
 """The key table against hand-written names, against the decoder's own tree and against transformers."""
 
+import copy
+
 import pytest
 from tiny_checkpoints import hugging_face_shapes
 from tiny_decoders import CONFIGS
@@ -35,7 +37,7 @@ def test_names_and_shapes_are_those_of_transformers(name):
     torch = pytest.importorskip('torch', reason='the real state dict needs torch')
     import transformers
 
-    settings = dict(CONFIGS[name])
+    settings = copy.deepcopy(CONFIGS[name])  # transformers writes into what it is given
     config = transformers.AutoConfig.for_model(settings.pop('model_type'), **settings)
     with torch.device('meta'):
         model = transformers.AutoModelForCausalLM.from_config(config)
