@@ -63,10 +63,12 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: int) -> Objective
         numbers[name] = {key: float(value) for key, value in values.items() if key not in words}
         numbers[name]['weight'] = float(weight)
         terms.append(Term(entry, tuple(sorted(words.items()))))
+    if references > 1:
+        raise InputError(f'references names {references} models; one at most is supported: drop all but one.')
     objective = Objective(tuple(terms), numbers)
-    if objective.reads_reference and references != 1:
+    if objective.reads_reference and not references:
         reads = ', '.join(term.loss.name for term in terms if term.loss.reads_reference)
-        raise InputError(f'objective: {reads} reads exactly one reference, but `references` names {references}.')
+        raise InputError(f'objective: {reads} reads a reference, but `references` names none.')
     return objective
 
 

@@ -47,8 +47,9 @@ def test_parts_of_a_step_add_up_to_the_whole():
         ({'dpo': {'beta': float('nan')}}, 1, 'is a finite number'),
         ({'dpo': {'weight': 'much'}}, 1, 'is a finite number'),
         ({'ipo': {'reduction': 'men'}}, 1, "Did you mean 'mean'"),
-        ({'dpo': {}}, 0, 'exactly one reference'),
-        ({'dpo': {}}, 2, 'exactly one reference'),
+        ({'dpo': {}}, 0, 'reads a reference'),
+        ({'dpo': {}}, 2, 'drop all but one'),
+        ({'simpo': {}}, 2, 'drop all but one'),
     ],
 )
 def test_refuses_early_and_says_why(spec, references, message):
