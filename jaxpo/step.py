@@ -44,19 +44,19 @@ def scored_logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> j
 def completions(policy: jax.Array, references: list[jax.Array], batch: Batch) -> tuple[Completion, Completion]:
     """Scored tokens `[R, S]` of policy and K references -> chosen and rejected Completions of B = R * P pairs."""
 
-    def side(place, weights):
-        rows, pairs, tokens = place.shape
+    def side(places):
+        rows, pairs, tokens = places.place.shape
 
         def pick(logps):
-            picked = jnp.take_along_axis(logps, place.reshape(rows, -1), axis=1)
+            picked = jnp.take_along_axis(logps, places.place.reshape(rows, -1), axis=1)
             return picked.reshape(rows * pairs, tokens)
 
         none = jnp.zeros((0, rows * pairs, tokens))
         reference_logps = jnp.stack([pick(logps) for logps in references]) if references else none
-        weights = weights.reshape(rows * pairs, tokens)
+        weights = places.weights.reshape(rows * pairs, tokens)
         return Completion(pick(policy), jax.lax.stop_gradient(reference_logps), weights)
 
-    return side(batch.chosen, batch.chosen_weights), side(batch.rejected, batch.rejected_weights)
+    return side(batch.chosen), side(batch.rejected)
 
 
 def _sides(models: Models, params, reference_params, batch: Batch) -> tuple[Completion, Completion]:
@@ -71,7 +71,7 @@ def _counts(batch: Batch) -> dict[str, jax.Array]:
     """Pairs and chosen tokens of the whole step, at least 1."""
     return {
         'pairs': jnp.maximum(batch.pair_weight.sum(), 1.0),
-        'tokens': jnp.maximum(batch.chosen_weights.sum(), 1.0),
+        'tokens': jnp.maximum(batch.chosen.weights.sum(), 1.0),
     }
 
 

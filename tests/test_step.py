@@ -133,8 +133,8 @@ def test_tied_head_gets_both_of_its_gradients():
         scored = logps[rows, batch.source, batch.target]
         weight = (
             jnp.zeros(batch.source.shape)
-            .at[rows[..., None], batch.chosen[:, 0][:, None]]
-            .max(batch.chosen_weights[:, 0][:, None])
+            .at[rows[..., None], batch.chosen.place[:, 0][:, None]]
+            .max(batch.chosen.weights[:, 0][:, None])
         )
         return (scored * weight).sum()
 

@@ -6,15 +6,15 @@ to `microbatch`.
 """
 
 import collections
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxpo import config
 from jaxpo.errors import InputError
-from jaxpo.types import Batch, Pair
+from jaxpo.types import Batch, Pair, Places
 
 
 class Shape(NamedTuple):
@@ -161,21 +161,23 @@ def _empty(shape: Shape, columns: list[str]) -> Batch:
     return Batch(
         **{name: np.zeros(tokens, np.int32) for name in ('tokens', 'positions', 'segment', 'branch')},
         **{name: np.zeros(scored, np.int32) for name in ('source', 'target')},
-        **{name: np.zeros(completions, np.int32) for name in ('chosen', 'rejected')},
-        **{name: np.zeros(completions, np.float32) for name in ('chosen_weights', 'rejected_weights')},
+        **{name: _nowhere(completions) for name in ('chosen', 'rejected')},
+        companions={},
         pair_weight=np.zeros(slots, np.float32),
         pair_index=np.full(slots, -1, np.int32),
         columns={name: np.zeros(slots, np.float32) for name in columns},
     )
 
 
+def _nowhere(shape: tuple[int, ...]) -> Places:
+    return Places(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+
+
 def _split_rows(batch: Batch, shape: Shape) -> Batch:
     def split(array: np.ndarray) -> np.ndarray:
         return array.reshape(shape.microbatches, shape.rows, *array.shape[1:])
 
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    columns = {name: split(array) for name, array in fields.pop('columns').items()}
-    return Batch(**{name: split(array) for name, array in fields.items()}, columns=columns)
+    return jax.tree.map(split, batch)
 
 
 def _write_shared(batch: Batch, pair: Pair, spot: _Spot) -> int:
@@ -225,7 +227,7 @@ def _write_completion(
     batch.source[row, first:last] = np.arange(start - 1, end - 1)
     batch.source[row, first] = prompt_end - 1
     batch.target[row, first:last] = completion
-    index, weights = (batch.chosen, batch.chosen_weights) if branch == 1 else (batch.rejected, batch.rejected_weights)
-    index[row, spot.slot, :size] = np.arange(first, last)
-    weights[row, spot.slot, :size] = 1
+    places = batch.chosen if branch == 1 else batch.rejected
+    places.place[row, spot.slot, :size] = np.arange(first, last)
+    places.weights[row, spot.slot, :size] = 1
     return end

@@ -10,19 +10,64 @@ from typing import Any, Literal
 from jaxpo.errors import InputError, unknown
 
 LOSSES: dict[str, 'Loss'] = {}
+STATISTICS = (
+    'forward_kl',
+    'reverse_kl',
+    'entropy',
+    'log_sum_squares',
+    'reference_entropy',
+    'activations',
+    'prompt_hidden',
+)
 
 
 @dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a loss reads beyond log-probabilities. All of it is checked before a model is loaded."""
+
+    statistics: tuple[str, ...] = ()
+    """Fields of Completion, of STATISTICS, that cost a computation of their own."""
+    pair_columns: tuple[str, ...] = ()
+    """Columns of the data with one number a pair, by name: `margin`."""
+    completion_columns: tuple[str, ...] = ()
+    """Columns with one number a completion: `score` reads `chosen_score` and `rejected_score`."""
+    token_columns: tuple[str, ...] = ()
+    """Columns with one number a completion token: `segment` reads `chosen_segment` and `rejected_segment`."""
+    models: tuple[str, ...] = ()
+    """Roles of frozen models beside the references. A role `earlier` is filled by the run's reference of that name, or
+    by several: `earlier_0`, `earlier_1`, ..."""
+    companions: tuple[str, ...] = ()
+    """Further sequences to score with each pair: `mismatched` (another pair's completion behind this prompt) or
+    `corrupted` (the chosen completion behind the row's `corrupted_prompt`)."""
+
+    def __or__(self, other: 'Needs') -> 'Needs':
+        """What both need, in order, each once."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Needs(*(tuple(dict.fromkeys(getattr(self, name) + getattr(other, name))) for name in names))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
     """A registered loss and what is true of it."""
 
     function: Callable
-    """`(chosen: Completion, rejected: Completion, **hyperparameters) -> (losses [B], Rewards)`."""
+    """`(chosen: Completion, rejected: Completion, **hyperparameters) -> (losses [B], Rewards)`. Where it names them as
+    keyword-only arguments without default, it is also given `state`, `params` or `key`."""
     source: str
     """Paper, arXiv number and equation."""
     reads_reference: bool
-    normaliser: Literal['pairs', 'tokens']
-    """What the sum of losses is divided by: the batch's pairs, or its chosen tokens."""
+    normaliser: Literal['pairs', 'tokens', 'completions']
+    """What the sum of losses is divided by: the step's pairs, its chosen tokens, or its completions."""
+    couples_batch: bool
+    """Whether a pair's loss depends on the other pairs: it is then given all pairs of the step at once."""
+    takes_unpaired: bool
+    """Whether one side of a pair may be missing (all its weights 0)."""
+    needs: Needs | Callable[..., Needs]
+    init_state: Callable | None
+    update_state: Callable | None
+    init_params: Callable | None
+    token_masks: Callable | None
+    parts: Mapping[str, Mapping[str, Callable]]
 
     @property
     def name(self) -> str:
@@ -33,22 +78,78 @@ class Loss:
         return inspect.getdoc(self.function).splitlines()[0]
 
     @property
+    def formula(self) -> str:
+        """The docstring's second paragraph: the loss of one pair."""
+        paragraphs = inspect.getdoc(self.function).split('\n\n')
+        return ' '.join(paragraphs[1].split()) if len(paragraphs) > 1 else ''
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters and their defaults. Floats are traced; words are structural choices, fixed at compilation."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return self.hyperparameters({})
 
-    def check(self, hyperparameters: Mapping[str, Any]) -> None:
+    def hyperparameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All hyperparameters that there are for the given choices: those `given`, and defaults for the rest."""
+        values = {**_keywords(self.update_state), **_keywords(self.function)}
+        for word, table in self.parts.items():
+            name = given.get(word, values[word])
+            if name in table:
+                values |= {key: value for key, value in _keywords(table[name]).items() if key not in values}
+        return {**values, **given}
+
+    def choices(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """The structural words among all hyperparameters."""
+        return {name: value for name, value in self.hyperparameters(given).items() if isinstance(value, str)}
+
+    def needs_of(self, given: Mapping[str, Any]) -> Needs:
+        """What the loss needs with the given choices."""
+        return self.needs(**self.choices(given)) if callable(self.needs) else self.needs
+
+    def check(self, given: Mapping[str, Any]) -> None:
         """Raises InputError for a hyperparameter the loss does not have, or a value it cannot take."""
         hints = typing.get_type_hints(self.function)
-        for name, value in hyperparameters.items():
-            if name not in self.defaults:
-                raise unknown(f'hyperparameter of {self.name}', name, self.defaults)
-            choices = typing.get_args(hints.get(name))
-            if choices and value not in choices:
-                raise unknown(f'{self.name}.{name}', str(value), choices)
-            if not choices:
+        known = self.hyperparameters({word: given[word] for word in self.parts if word in given})
+        for name, value in given.items():
+            if name not in known:
+                raise unknown(f'hyperparameter of {self.name}', name, known)
+            words = tuple(self.parts.get(name, ())) or typing.get_args(hints.get(name))
+            if words and value not in words:
+                raise unknown(f'{self.name}.{name}', str(value), words)
+            if not words:
                 check_number(f'{self.name}.{name}', value)
+
+    def __call__(self, chosen, rejected, *, state=None, params=None, key=None, **hyperparameters):
+        """The loss of its pairs `[B]`, and Rewards. `state`, `params`, `key` go to a function that names them."""
+        extra = {'state': state, 'params': params, 'key': key}
+        given = {name: value for name, value in extra.items() if name in _parameters(self.function)}
+        return self.function(chosen, rejected, **given, **self._own(self.function, hyperparameters))
+
+    def updated(self, state, chosen, rejected, **hyperparameters):
+        """The running state after these pairs, which are all those of a step."""
+        return self.update_state(state, chosen, rejected, **self._own(self.update_state, hyperparameters))
+
+    def _own(self, function, hyperparameters):
+        """Those hyperparameters that this one of the loss's functions takes."""
+        parameters = _parameters(function)
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        other = _keywords(self.update_state) if function is self.function else {}
+        return {
+            name: value
+            for name, value in hyperparameters.items()
+            if name in parameters or (takes_all and name not in other)
+        }
+
+
+def _parameters(function):
+    return inspect.signature(function).parameters
+
+
+def _keywords(function) -> dict[str, Any]:
+    """Keyword-only arguments that have a default: hyperparameters."""
+    if function is None:
+        return {}
+    parameters = _parameters(function).values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def check_number(name: str, value: Any) -> None:
@@ -57,13 +158,35 @@ def check_number(name: str, value: Any) -> None:
         raise InputError(f'objective.{name} is a finite number, not {value!r}.')
 
 
-def loss(source: str, *, reads_reference: bool = True, normaliser: Literal['pairs', 'tokens'] = 'pairs'):
-    """Registers a loss under its function's name.
+def loss(
+    source: str,
+    *,
+    reads_reference: bool = True,
+    normaliser: Literal['pairs', 'tokens', 'completions'] = 'pairs',
+    couples_batch: bool = False,
+    takes_unpaired: bool = False,
+    needs: Needs | Callable[..., Needs] = Needs(),
+    init_state: Callable | None = None,
+    update_state: Callable | None = None,
+    init_params: Callable | None = None,
+    token_masks: Callable | None = None,
+    parts: Mapping[str, Mapping[str, Callable]] | None = None,
+):
+    """Registers a loss under its function's name. Tests, and `jaxpo check`, hold it to what it says here.
 
     Args:
       source: paper, arXiv number and equation.
-      reads_reference: whether it reads `reference_logps`. Tests check it.
-      normaliser: what a batch's sum of losses is divided by.
+      reads_reference: whether it reads `reference_logps`.
+      normaliser: what a step's sum of losses is divided by.
+      couples_batch: whether a pair's loss depends on the other pairs of the step.
+      takes_unpaired: whether either completion of a pair may be missing.
+      needs: what it reads beyond log-probabilities; a function of its structural words where it depends on them.
+      init_state: `() -> state`, float32 arrays that run along with training (moments). It couples the batch.
+      update_state: `(state, chosen, rejected, **hyperparameters) -> state`, before each step's loss; not in evaluation.
+      init_params: `(key, layers, width, **words) -> params`, trained along with the policy at their own learning rate.
+      token_masks: `(params, hidden [L, N, D]) -> {name: [N]}`, of the reference's hidden states behind each layer at N
+        scored tokens; they arrive as `Completion.masks`.
+      parts: structural words whose choices are functions with hyperparameters of their own, by name.
     """
 
     def register(function):
@@ -74,7 +197,24 @@ def loss(source: str, *, reads_reference: bool = True, normaliser: Literal['pair
             raise InputError(
                 f'The loss {name!r} needs a docstring: its first line is shown wherever losses are listed.'
             )
-        LOSSES[name] = Loss(function, source, reads_reference, normaliser)
+        if 'weight' in _keywords(function):
+            raise InputError(
+                f'The loss {name!r} names a hyperparameter `weight`, which every loss has in an objective.'
+            )
+        LOSSES[name] = Loss(
+            function,
+            source,
+            reads_reference,
+            normaliser,
+            couples_batch,
+            takes_unpaired,
+            needs,
+            init_state,
+            update_state,
+            init_params,
+            token_masks,
+            parts or {},
+        )
         return function
 
     return register

@@ -79,8 +79,8 @@ def read_batch(batch):
         for slot, weight in enumerate(row['pair_weight']):
             index = int(row['pair_index'][slot])
             if weight == 0:
-                assert index == -1 and not row['chosen_weights'][slot].any()
-                assert not row['rejected_weights'][slot].any()
+                assert index == -1 and not row['chosen'].weights[slot].any()
+                assert not row['rejected'].weights[slot].any()
                 continue
             assert weight == 1 and index not in found
             chosen, rejected = (read_completion(row, slot, side) for side in ('chosen', 'rejected'))
@@ -117,8 +117,8 @@ def test_attention_sees_every_pair_whole(layout, seed, count, lengths, rows, pai
     assert (microbatches - 1) * microbatch < (batch.pair_weight.sum(-1) > 0).sum() or layout != 'padded'
     assert batch.pair_weight.sum() == count
     assert (batch.pair_weight.sum(-1) <= pairs_per_row).all()
-    assert batch.chosen_weights.sum() == sum(pair.chosen.size for pair in pairs)
-    assert batch.rejected_weights.sum() == sum(pair.rejected.size for pair in pairs)
+    assert batch.chosen.weights.sum() == sum(pair.chosen.size for pair in pairs)
+    assert batch.rejected.weights.sum() == sum(pair.rejected.size for pair in pairs)
     tokens = sum((1 if layout == 'shared' else 2) * pair.prompt.size for pair in pairs)
     tokens += sum(pair.chosen.size + pair.rejected.size for pair in pairs)
     assert (batch.segment > 0).sum() == tokens
@@ -153,7 +153,7 @@ def test_dtypes_and_shapes():
     )
     lead = (shape.microbatches, shape.rows)
     assert batch.tokens.shape == (*lead, 64) and batch.source.shape == (*lead, shape.scored)
-    assert batch.chosen.shape == batch.rejected_weights.shape == (*lead, 3, shape.tokens)
+    assert batch.chosen.place.shape == batch.rejected.weights.shape == (*lead, 3, shape.tokens)
     assert batch.pair_weight.shape == batch.columns['margin'].shape == (*lead, 3)
     floats = ('chosen_weights', 'rejected_weights', 'pair_weight')
     for field in dataclasses.fields(batch):

@@ -1,0 +1,97 @@
+"""What must hold of every registered loss, as checks that run on any of them: `jaxpo check`, and the tests, run all."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpo.losses.registry import Loss, Needs
+from jaxpo.types import Completion
+
+LENGTHS = {'chosen': (5, 2, 7, 1), 'rejected': (3, 6, 1, 7)}
+PAIRS, TOKENS, LAYERS, WIDTH, VOCABULARY = 4, 7, 3, 5, 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Random pairs with all that a loss needs, and the loss's own parts."""
+
+    chosen: Completion
+    rejected: Completion
+    extra: dict[str, Any]
+    """`state`, `params` and `key` where the loss has them."""
+
+
+def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.float64) -> Example:
+    """Four pairs of unequal lengths, with everything the loss needs under the hyperparameters `given`."""
+    needs = entry.needs_of(given)
+    random = np.random.default_rng(seed)
+    margins = {name: jnp.asarray(random.uniform(0.2, 1.5, PAIRS), dtype) for name in needs.pair_columns}
+    sides = [_completion(random, LENGTHS[side], needs, margins, dtype) for side in ('chosen', 'rejected')]
+    # A completion column is higher for the chosen side, as a score is; odpo has no loss where it is not.
+    for name in needs.completion_columns:
+        sides[0].columns[name] = sides[1].columns[name] + jnp.asarray(random.uniform(0.2, 0.5, PAIRS), dtype)
+    extra, key = {}, jax.random.key(seed)
+    if entry.init_state is not None:
+        extra['state'] = jax.tree.map(lambda x: jnp.asarray(x, dtype) + jnp.asarray(0.3, dtype), entry.init_state())
+    if entry.init_params is not None:
+        params = entry.init_params(key, layers=LAYERS, width=WIDTH, **entry.choices(given))
+        extra['params'] = jax.tree.map(
+            lambda x: jnp.asarray(x, dtype) + jnp.asarray(random.uniform(0.05, 0.3, x.shape), dtype), params
+        )
+    extra['key'] = key
+    if entry.token_masks is not None:
+        sides = [_masked(entry, extra['params'], side, random, dtype) for side in sides]
+    return Example(*sides, extra)
+
+
+def _completion(random, lengths, needs: Needs, margins, dtype) -> Completion:
+    weights = np.array([[float(token < length) for token in range(TOKENS)] for length in lengths])
+    by_token = (PAIRS, TOKENS)
+
+    def array(values):
+        return jnp.asarray(values, dtype)
+
+    def positive(*shape):
+        return array(random.exponential(0.3, shape))
+
+    policy, reference = -random.exponential(1.5, (2, *by_token))
+    statistics: dict[str, Any] = {
+        'forward_kl': positive(*by_token),
+        'reverse_kl': positive(*by_token),
+        'entropy': array(random.uniform(0.1, np.log(VOCABULARY), by_token)),
+        'reference_entropy': array(random.uniform(0.1, np.log(VOCABULARY), by_token)),
+        'log_sum_squares': array(-random.exponential(1.0, by_token)),
+        'activations': {kind: array(random.normal(size=(2, *by_token))) for kind in ('mlp', 'residual')},
+        'prompt_hidden': array(random.normal(size=(PAIRS, WIDTH))),
+    }
+    roles = {role: array(-random.exponential(1.5, by_token)) for role in needs.models}
+    columns = {name: array(random.uniform(0.1, 0.45, PAIRS)) for name in needs.completion_columns}
+    columns |= {name: array(random.integers(0, 3, by_token) * 0.5) for name in needs.token_columns}
+    return Completion(
+        array(policy),
+        array(reference)[None],
+        array(weights),
+        **{name: statistics[name] for name in needs.statistics},
+        columns=columns | margins,
+        model_logps=roles,
+        companions={name: _completion(random, lengths, Needs(), {}, dtype) for name in needs.companions},
+        vocabulary=VOCABULARY,
+    )
+
+
+def _masked(entry: Loss, params, side: Completion, random, dtype) -> Completion:
+    hidden = jnp.asarray(random.normal(size=(LAYERS, PAIRS * TOKENS, WIDTH)), dtype)
+    masks = entry.token_masks(params, hidden)
+    return side.replace(masks={name: mask.reshape(PAIRS, TOKENS) for name, mask in masks.items()})
+
+
+def losses_of(entry: Loss, sample: Example, given: dict[str, Any]):
+    """The losses `[B]` and Rewards of an example, its running state updated first, as a training step does."""
+    hyperparameters, extra = entry.hyperparameters(given), dict(sample.extra)
+    if entry.init_state is not None:
+        sides = jax.lax.stop_gradient((sample.chosen, sample.rejected))
+        extra['state'] = entry.updated(extra['state'], *sides, **hyperparameters)
+    return entry(sample.chosen, sample.rejected, **extra, **hyperparameters)
