@@ -105,7 +105,7 @@ class Completion:
     """`[B, C]` by name: what the loss's `token_masks` made of the reference's hidden states."""
     prompt_hidden: jax.Array | None = None  # [B, D]: the policy's last hidden state of the prompt; not differentiated
     companions: dict[str, 'Completion'] = flax.struct.field(default_factory=dict)
-    """Further completions that were scored with this one, by name (`mismatched`, `corrupted`)."""
+    """Further completions scored with the pair, by name (`mismatched`, `corrupted`); the chosen side holds them."""
     vocabulary: int = flax.struct.field(pytree_node=False, default=0)  # V of the policy's head
 
 

@@ -29,7 +29,10 @@ def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.
     needs = entry.needs_of(given)
     random = np.random.default_rng(seed)
     margins = {name: jnp.asarray(random.uniform(0.2, 1.5, PAIRS), dtype) for name in needs.pair_columns}
-    sides = [_completion(random, LENGTHS[side], needs, margins, dtype) for side in ('chosen', 'rejected')]
+    sides = [
+        _completion(random, LENGTHS['chosen'], needs, margins, dtype),
+        _completion(random, LENGTHS['rejected'], dataclasses.replace(needs, companions=()), margins, dtype),
+    ]
     # A completion column is higher for the chosen side, as a score is; odpo has no loss where it is not.
     for name in needs.completion_columns:
         sides[0].columns[name] = sides[1].columns[name] + jnp.asarray(random.uniform(0.2, 0.5, PAIRS), dtype)

@@ -207,6 +207,8 @@ def _scaled(side, field):
 
 def _scaled_key(side, group, key):
     held = dict(getattr(side, group))
+    if key not in held:
+        return side
     held[key] = (
         held[key].replace(policy_logps=_bent(held[key].policy_logps)) if group == 'companions' else _bent(held[key])
     )

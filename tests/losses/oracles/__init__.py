@@ -1,14 +1,41 @@
-"""Every loss once more, from its paper, in float64 NumPy. Shares no code with jaxpo.
+"""Every loss once more, from its paper, in float64 NumPy. Shares no code with jaxpo. Each family's module holds:
 
-ORACLES: `(chosen: Side, rejected: Side, **hyperparameters) -> loss` of one pair. COUPLED, for losses that couple the
-batch: `(chosen: list[Side], rejected: list[Side], *, state, params, key, **hyperparameters) -> losses`, where `state`
-is the one before this step.
+ORACLES: name -> `(chosen: Side, rejected: Side, **hyperparameters) -> loss` of one pair.
+COUPLED: the same for losses that couple the batch, `(chosen: list[Side], rejected: list[Side], **) -> losses`. They may
+  name `state` (the one before this step) and `key`.
+  Any oracle may name `params`, and `frozen`: sides (or lists of them) that are never perturbed, for what the loss does
+  not differentiate.
+AT_REFERENCE: name -> `() -> loss` where the policy equals the reference (reference-free losses: where both completions
+  are alike) and every token's gradient is non-zero, with the sign that raises chosen and lowers rejected.
+LOGISTIC: losses for which exchanging chosen and rejected turns the margin z of the rewards into -z: L(z) - L(-z) = -z.
+GOLDEN: (name, hyperparameters, loss) for sequence log-probabilities -12, -15 (policy) and -13, -14.5 (reference) of
+  chosen and rejected, over 6 and 9 tokens.
 """
 
-from losses.oracles import start
+from losses.oracles import anchored
+from losses.oracles import batch
+from losses.oracles import conditional
+from losses.oracles import margins
+from losses.oracles import masks
+from losses.oracles import multi_objective
+from losses.oracles import pairwise
+from losses.oracles import reference_free
+from losses.oracles import token_level
+from losses.oracles import weighted
 from losses.oracles.side import side_of as side_of
 
-FAMILIES = (start,)
+FAMILIES = (
+    anchored,
+    batch,
+    conditional,
+    margins,
+    masks,
+    multi_objective,
+    pairwise,
+    reference_free,
+    token_level,
+    weighted,
+)
 
 
 def _merged(name):

@@ -1,0 +1,1 @@
+"""Losses that also say where each completion of its own should go."""

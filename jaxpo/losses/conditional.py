@@ -1,0 +1,1 @@
+"""Losses that compare a completion under two conditions."""

@@ -1,0 +1,1 @@
+"""Losses whose margin is shifted or scaled: by scores, by length, by temper."""

@@ -1,0 +1,1 @@
+"""Losses whose tokens are weighed by masks made of the reference's activations."""

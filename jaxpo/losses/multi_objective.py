@@ -1,0 +1,1 @@
+"""Losses for several objectives: margins from other rewards, rounds and auxiliary rewards."""

@@ -1,0 +1,1 @@
+"""Losses that weigh the tokens of a completion, or measure their distributions."""

@@ -1,0 +1,5 @@
+ORACLES = {}
+COUPLED = {}
+AT_REFERENCE = {}
+LOGISTIC = set()
+GOLDEN = []
