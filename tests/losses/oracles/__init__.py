@@ -12,16 +12,18 @@ GOLDEN: (name, hyperparameters, loss) for sequence log-probabilities -12, -15 (p
   chosen and rejected, over 6 and 9 tokens.
 """
 
-from losses.oracles import anchored
-from losses.oracles import batch
-from losses.oracles import conditional
-from losses.oracles import margins
-from losses.oracles import masks
-from losses.oracles import multi_objective
-from losses.oracles import pairwise
-from losses.oracles import reference_free
-from losses.oracles import token_level
-from losses.oracles import weighted
+from losses.oracles import (
+    anchored,
+    batch,
+    conditional,
+    margins,
+    masks,
+    multi_objective,
+    pairwise,
+    reference_free,
+    token_level,
+    weighted,
+)
 from losses.oracles.side import side_of as side_of
 
 FAMILIES = (
