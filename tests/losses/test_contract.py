@@ -198,7 +198,8 @@ def test_reads_what_it_needs_and_nothing_else(double, name):
 
 
 def _bent(x):
-    return x * jnp.linspace(1.1, 1.9, x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,))
+    """Scaled and reversed along the last axis: another size and, for a column that only marks tokens, other places."""
+    return x[..., ::-1] * jnp.linspace(1.1, 1.9, x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _scaled(side, field):
