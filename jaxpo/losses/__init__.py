@@ -7,6 +7,7 @@ from jaxpo.losses import margins as margins
 from jaxpo.losses import masks as masks
 from jaxpo.losses import multi_objective as multi_objective
 from jaxpo.losses import pairwise as pairwise
+from jaxpo.losses import priors as priors
 from jaxpo.losses import reference_free as reference_free
 from jaxpo.losses import registry as registry
 from jaxpo.losses import scores as scores
