@@ -1,12 +1,13 @@
-"""Hidden states and a vocabulary head -> log-probabilities of scored tokens. The only file that sees the vocabulary.
+"""Hidden states and a vocabulary head -> log-probabilities of scored tokens, and what else the vocabulary says of them.
 
-One primitive serves policy and references. It walks the vocabulary in slabs, so that no `[tokens, V]` array exists in
-the forward or the backward pass, accumulates in float32, and has its own derivative. Where the head is split over the
-mesh axis `fsdp` (its width, never its vocabulary), one slab at a time is gathered, and the slab's gradient is
-reduce-scattered: no device ever holds the whole head.
+The only file that sees the vocabulary. One primitive serves policy and references. It walks the vocabulary in slabs, so
+that no `[tokens, V]` array exists in the forward or the backward pass, accumulates in float32, and has its own
+derivative. Where a head is split over the mesh axis `fsdp` (its width, never its vocabulary), one slab at a time is
+gathered, and the slab's gradient is reduce-scattered: no device ever holds the whole head.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,33 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpo.errors import InputError, unknown
 from jaxpo.types import TokenStatistics
 
 SLAB = 4096  # vocabulary entries at a time
 ROW_AXES = ('data', 'fsdp')
+DIVERGENCES = ('forward_kl', 'reverse_kl')
+STATISTICS = (*DIVERGENCES, 'entropy', 'log_sum_squares')
+
+_ROWS, _MODEL = P(ROW_AXES), (P(ROW_AXES), P(None, 'fsdp'))  # how rows, and a (hidden, head), lie on a mesh
+
+
+class Reference(NamedTuple):
+    """A frozen model over the same vocabulary, of any width: what a KL divergence is measured against."""
+
+    hidden: jax.Array  # [R, S, D2]: its hidden states at the same places, in its compute dtype
+    head: jax.Array  # [V, D2]
+    softcap: float | None = None
+
+
+class _Plan(NamedTuple):
+    """What is fixed when a call is compiled."""
+
+    statistics: tuple[str, ...]
+    softcap: float | None
+    reference_softcap: float | None
+    slab: int
+    mesh: Mesh | None
 
 
 def token_statistics(
@@ -25,114 +49,207 @@ def token_statistics(
     head: jax.Array,
     targets: jax.Array,
     *,
+    statistics: tuple[str, ...] = (),
+    reference: Reference | None = None,
     softcap: float | None = None,
     mesh: Mesh | None = None,
     slab: int = SLAB,
 ) -> TokenStatistics:
-    """Log-probabilities of `targets`, exact and in float32.
+    """Log-probabilities of `targets`, and the statistics asked for, exact and in float32.
 
     Args:
       hidden: `[R, S, D]`, in the compute dtype, rows split over the mesh axes `data` and `fsdp`.
       head: `[V, D]`, one row per vocabulary entry; cast to the compute dtype a slab at a time.
       targets: `[R, S]` int32 in [0, V).
+      statistics: which of STATISTICS to compute beside `logps`, in nats. KL divergences are at least 0, and exactly
+        0 where model and reference are the same arrays; elsewhere rounding is about 1e-6.
+      reference: what `forward_kl` and `reverse_kl` compare with; never differentiated, and not read for anything else.
       softcap: logits are `softcap * tanh(logits / softcap)` where given.
       mesh: the mesh the arrays live on; None for one device.
       slab: vocabulary entries held at a time.
 
     Returns:
-      TokenStatistics of shape `[R, S]`.
+      TokenStatistics of shape `[R, S]`; None in the fields that were not asked for.
+
+    Raises:
+      InputError: an unknown statistic, a KL without a reference, or a reference with another vocabulary.
     """
-    mesh = mesh if mesh is not None and mesh.size > 1 else None
-    return TokenStatistics(logps=_token_logps(hidden, head, targets, softcap, slab, mesh))
+    _check(statistics, head, reference)
+    compared = reference is not None and any(name in DIVERGENCES for name in statistics)
+    frozen = lax.stop_gradient((reference.hidden, reference.head)) if compared else None
+    plan = _Plan(
+        statistics=tuple(name for name in STATISTICS if name in statistics),
+        softcap=softcap,
+        reference_softcap=reference.softcap if compared else None,
+        slab=slab,
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
+    )
+    return TokenStatistics(**_statistics(plan, (hidden, head), frozen, targets))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_logps(hidden, head, targets, softcap, slab, mesh):
-    return _forward(hidden, head, targets, softcap, slab, mesh)[0]
+def _check(statistics, head, reference):
+    for name in statistics:
+        if name not in STATISTICS:
+            raise unknown('statistic of a token', name, STATISTICS)
+        if name in DIVERGENCES and reference is None:
+            raise InputError(f'The statistic {name!r} compares with a reference model, and there is none.')
+    if reference is not None and reference.head.shape[0] != head.shape[0]:
+        sizes = f'{reference.head.shape[0]} entries, that of the model {head.shape[0]}'
+        raise InputError(f'A KL divergence needs one vocabulary: that of the reference has {sizes}.')
 
 
-def _token_logps_forward(hidden, head, targets, softcap, slab, mesh):
-    logps, logsumexp = _forward(hidden, head, targets, softcap, slab, mesh)
-    return logps, (hidden, head, targets, logsumexp)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _statistics(plan, model, reference, targets):
+    """-> {'logps' or statistic: [R, S]} of a model and a reference (or None), which are (hidden, head)."""
+    return _forward(plan, model, reference, targets)[0]
 
 
-def _token_logps_backward(softcap, slab, mesh, saved, cotangent):
-    hidden, head, targets, logsumexp = saved
-    hidden_gradient, head_gradient = _backward(hidden, head, targets, logsumexp, cotangent, softcap, slab, mesh)
-    return hidden_gradient, head_gradient, None
+def _statistics_forward(plan, model, reference, targets):
+    values, normalisers = _forward(plan, model, reference, targets)
+    return values, (model, reference, targets, values, normalisers)
 
 
-_token_logps.defvjp(_token_logps_forward, _token_logps_backward)
+def _statistics_backward(plan, saved, cotangents):
+    return _backward(plan, *saved, cotangents), None, None
 
 
-def _forward(hidden, head, targets, softcap, slab, mesh):
-    """-> (logps, logsumexp), both `[R, S]` float32."""
-    walk = functools.partial(_walk_forward, softcap=softcap, slab=slab, split=mesh is not None)
-    if mesh is None:
-        return walk(hidden, head, targets)
-    rows, split_head = P(ROW_AXES), P(None, 'fsdp')
-    return jax.shard_map(walk, mesh=mesh, in_specs=(rows, split_head, rows), out_specs=(rows, rows), check_vma=False)(
-        hidden, head, targets
+_statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _forward(plan, model, reference, targets):
+    """-> values and normalisers (logsumexp of the model's and the reference's logits), all `[R, S]` float32."""
+    walk = functools.partial(_walk_forward, plan)
+    if plan.mesh is None:
+        return walk(model, reference, targets)
+    specs = (_MODEL, None if reference is None else _MODEL, _ROWS)
+    return jax.shard_map(walk, mesh=plan.mesh, in_specs=specs, out_specs=_ROWS, check_vma=False)(
+        model, reference, targets
     )
 
 
-def _backward(hidden, head, targets, logsumexp, cotangent, softcap, slab, mesh):
-    """-> gradients of hidden `[R, S, D]` and head `[V, D]`, in their dtypes."""
-    walk = functools.partial(_walk_backward, softcap=softcap, slab=slab, split=mesh is not None)
-    if mesh is None:
-        return walk(hidden, head, targets, logsumexp, cotangent)
-    rows, split_head = P(ROW_AXES), P(None, 'fsdp')
-    return jax.shard_map(
-        walk,
-        mesh=mesh,
-        in_specs=(rows, split_head, rows, rows, rows),
-        out_specs=(rows, split_head),
-        check_vma=False,
-    )(hidden, head, targets, logsumexp, cotangent)
+def _backward(plan, model, reference, targets, values, normalisers, cotangents):
+    """-> gradients of the model's hidden `[R, S, D]` and head `[V, D]`, in their dtypes."""
+    walk = functools.partial(_walk_backward, plan)
+    arguments = (model, reference, targets, values, normalisers, cotangents)
+    if plan.mesh is None:
+        return walk(*arguments)
+    specs = (_MODEL, None if reference is None else _MODEL, _ROWS, _ROWS, _ROWS, _ROWS)
+    return jax.shard_map(walk, mesh=plan.mesh, in_specs=specs, out_specs=_MODEL, check_vma=False)(*arguments)
 
 
-def _walk_forward(hidden, head, targets, *, softcap, slab, split):
-    shape = targets.shape
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+def _walk_forward(plan, model, reference, targets):
+    shape, targets = targets.shape, targets.reshape(-1)
 
-    def visit(carry, start, size):
-        largest, total, target_logits = carry
-        logits, _ = _slab_logits(hidden, _take_slab(head, start, size, hidden.dtype, split), softcap)
-        new_largest = jnp.maximum(largest, logits.max(axis=1))
-        total = total * jnp.exp(largest - new_largest) + jnp.exp(logits - new_largest[:, None]).sum(axis=1)
+    def visit(sums, start, size):
+        logits, _, _ = _slab(model, start, size, plan.softcap, plan.mesh)
         here, place = _place_in_slab(targets, start, size)
         picked = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
-        return new_largest, total, jnp.where(here, picked, target_logits)
+        new = {'target': jnp.where(here, picked, sums['target'])}
+        gap = None
+        if reference is not None:
+            reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
+            gap = logits - reference_logits
+            new['reference'] = _grown(sums['reference'], reference_logits, -gap)
+        return {**new, 'model': _grown(sums['model'], logits, gap)}
 
-    tokens = targets.shape[0]
-    nothing = (jnp.full(tokens, -jnp.inf), jnp.zeros(tokens), jnp.zeros(tokens))
-    largest, total, target_logits = _over_slabs(visit, nothing, head.shape[0], slab)
-    logsumexp = largest + jnp.log(total)
-    return (target_logits - logsumexp).reshape(shape), logsumexp.reshape(shape)
+    sums = _over_slabs(visit, _no_sums(plan, targets.shape[0]), model[1].shape[0], plan.slab)
+    normalisers = [_normaliser(sums[name]) for name in ('model', 'reference') if name in sums]
+    values = {'logps': sums['target'] - normalisers[0]}
+    values |= {name: _VALUES[name](sums['model'], sums.get('reference')) for name in plan.statistics}
+    return jax.tree.map(lambda array: array.reshape(shape), (values, normalisers))
 
 
-def _walk_backward(hidden, head, targets, logsumexp, cotangent, *, softcap, slab, split):
-    shape, dtype = hidden.shape, hidden.dtype
-    hidden, targets = hidden.reshape(-1, shape[-1]), targets.reshape(-1)
-    logsumexp, cotangent = logsumexp.reshape(-1, 1), cotangent.reshape(-1, 1)
+def _no_sums(plan, tokens):
+    """What `_walk_forward` starts from. Only sums that are asked for are there, and only those are made."""
+    zero = jnp.zeros(tokens, jnp.float32)
+    # Finite: a difference from it times a sum of nothing must be 0.
+    nothing = {'largest': jnp.full(tokens, jnp.finfo(jnp.float32).min / 2), 'total': zero}
+    needed = {'entropy': 'relative', 'log_sum_squares': 'squares', 'reverse_kl': 'gap'}
+    sums = {'target': zero, 'model': nothing | {needed[name]: zero for name in plan.statistics if name in needed}}
+    if 'forward_kl' in plan.statistics:
+        sums['reference'] = nothing | {'gap': zero}
+    elif 'reverse_kl' in plan.statistics:
+        sums['reference'] = nothing
+    return sums
+
+
+def _grown(sums, logits, gap):
+    """One model's sums over the vocabulary, relative to its largest logit so far, with a slab added.
+
+    total: of e = exp(logit - largest). relative: of e * (logit - largest). squares: of e**2. gap: of e * gap, where
+    gap is the logit minus that of the other model.
+    """
+    largest = jnp.maximum(sums['largest'], logits.max(axis=1))
+    fall = sums['largest'] - largest
+    scale = jnp.exp(fall)
+    relative = logits - largest[:, None]
+    shares = jnp.exp(relative)
+    grown = {'largest': largest, 'total': sums['total'] * scale + shares.sum(axis=1)}
+    if 'relative' in sums:
+        moved = (sums['relative'] + fall * sums['total']) * scale
+        grown['relative'] = moved + (shares * relative).sum(axis=1)
+    if 'squares' in sums:
+        grown['squares'] = sums['squares'] * scale**2 + (shares**2).sum(axis=1)
+    if 'gap' in sums:
+        grown['gap'] = sums['gap'] * scale + (shares * gap).sum(axis=1)
+    return grown
+
+
+def _normaliser(sums):
+    return sums['largest'] + jnp.log(sums['total'])
+
+
+def _divergence(sums, other):
+    """KL of the model with `sums` from the other: differences first, so that equal models give 0."""
+    shift = (other['largest'] - sums['largest']) + (jnp.log(other['total']) - jnp.log(sums['total']))
+    return jnp.maximum(sums['gap'] / sums['total'] + shift, 0.0)
+
+
+# A statistic by the sums of the model and of the reference.
+_VALUES = {
+    'forward_kl': lambda model, reference: _divergence(reference, model),
+    'reverse_kl': lambda model, reference: _divergence(model, reference),
+    'entropy': lambda model, _: jnp.log(model['total']) - model['relative'] / model['total'],
+    'log_sum_squares': lambda model, _: jnp.minimum(jnp.log(model['squares']) - 2.0 * jnp.log(model['total']), 0.0),
+}
+# Its derivative by the logits of a slab, by its value [tokens, 1] and the log-probabilities [tokens, slab] under the
+# model and the reference. They are differences of finite numbers: a probability that underflows to 0 meets no -inf.
+_BY_LOGITS = {
+    'forward_kl': lambda value, log_p, log_q: jnp.exp(log_p) - jnp.exp(log_q),
+    'reverse_kl': lambda value, log_p, log_q: jnp.exp(log_p) * (log_p - log_q - value),
+    'entropy': lambda value, log_p, _: -jnp.exp(log_p) * (log_p + value),
+    'log_sum_squares': lambda value, log_p, _: 2.0 * (jnp.exp(2.0 * log_p - value) - jnp.exp(log_p)),
+}
+
+
+def _walk_backward(plan, model, reference, targets, values, normalisers, cotangents):
+    (hidden, head), targets = model, targets.reshape(-1)
+    shape, dtype, hidden = hidden.shape, hidden.dtype, hidden.reshape(-1, hidden.shape[-1])
+    values, normalisers, cotangents = jax.tree.map(lambda x: x.reshape(-1, 1), (values, normalisers, cotangents))
 
     def visit(carry, start, size):
         hidden_gradient, head_gradient = carry
-        part = _take_slab(head, start, size, dtype, split)
-        logits, slope = _slab_logits(hidden, part, softcap)
+        logits, slope, part = _slab(model, start, size, plan.softcap, plan.mesh)
+        log_p, log_q = logits - normalisers[0], None
+        if reference is not None:
+            reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
+            log_q = reference_logits - normalisers[1]
         here, place = _place_in_slab(targets, start, size)
         chosen = here[:, None] & (place[:, None] == jnp.arange(size)[None, :])
+        by_logits = cotangents['logps'] * (chosen - jnp.exp(log_p))
+        for name in plan.statistics:
+            by_logits += cotangents[name] * _BY_LOGITS[name](values[name], log_p, log_q)
         # Cast before the products: they then run in the compute dtype, with float32 accumulation.
-        logits_gradient = (cotangent * (chosen - jnp.exp(logits - logsumexp)) * slope).astype(dtype)
-        hidden_gradient += _matmul(logits_gradient, part, ((1,), (0,)))
-        part_gradient = _matmul(logits_gradient, hidden, ((0,), (0,)))
-        if split:
+        by_logits = (by_logits * slope).astype(dtype)
+        hidden_gradient += _matmul(by_logits, part, ((1,), (0,)))
+        part_gradient = _matmul(by_logits, hidden, ((0,), (0,)))
+        if plan.mesh is not None:
             part_gradient = lax.psum_scatter(part_gradient, 'fsdp', scatter_dimension=1, tiled=True)
         return hidden_gradient, lax.dynamic_update_slice(head_gradient, part_gradient, (start, 0))
 
     nothing = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], slab)
-    if split:
+    hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], plan.slab)
+    if plan.mesh is not None:
         head_gradient = lax.psum(head_gradient, 'data')
     return hidden_gradient.astype(dtype).reshape(shape), head_gradient.astype(head.dtype)
 
@@ -145,18 +262,17 @@ def _over_slabs(visit, carry, vocabulary, slab):
     return visit(carry, whole * slab, rest) if rest else carry
 
 
-def _take_slab(head, start, size, dtype, split):
-    part = lax.dynamic_slice_in_dim(head, start, size).astype(dtype)
-    return lax.all_gather(part, 'fsdp', axis=1, tiled=True) if split else part
-
-
-def _slab_logits(hidden, part, softcap):
-    """-> float32 logits `[tokens, slab]` and their derivative by the uncapped logits."""
-    logits = _matmul(hidden, part, ((1,), (1,)))
+def _slab(model, start, size, softcap, mesh):
+    """-> float32 logits `[tokens, size]`, their derivative by the uncapped logits, and the slab of the head."""
+    hidden, head = model
+    part = lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)
+    if mesh is not None:
+        part = lax.all_gather(part, 'fsdp', axis=1, tiled=True)
+    logits = _matmul(hidden.reshape(-1, hidden.shape[-1]), part, ((1,), (1,)))
     if softcap is None:
-        return logits, 1.0
+        return logits, 1.0, part
     capped = jnp.tanh(logits / softcap)
-    return softcap * capped, 1.0 - capped**2
+    return softcap * capped, 1.0 - capped**2, part
 
 
 def _place_in_slab(targets, start, size):
