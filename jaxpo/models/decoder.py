@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.errors import unknown
+from jaxpo.models.activations import MEANS, STATES, keep_means, keep_state
 from jaxpo.models.architecture import Architecture
 from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
 
@@ -111,6 +112,7 @@ class Decoder(nn.Module):
             self.param('head', _normal, shape)  # applied elsewhere, but made and checked with the rest
         hidden = _pin(jnp.take(embedding, tokens, axis=0).astype(self.dtype), _looked_up(self.rows))
         hidden = _pin(hidden * jnp.asarray(architecture.embedding_scale, self.dtype), self.rows)
+        keep_means(self, 'residual', hidden)
 
         place = (positions, segment, branch)
         views, past = (_view(place, place),), None
@@ -121,6 +123,7 @@ class Decoder(nn.Module):
         layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, self.rows, name='layers')
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
+        keep_means(self, 'residual', hidden)
         return hidden if cache is None else (hidden, _extended(cache, new, positions, segment))
 
 
@@ -142,15 +145,20 @@ class Layer(nn.Module):
         if window is not None:
             views = tuple(view._replace(mask=view.mask & (view.distance < window)) for view in surroundings.views)
             surroundings = surroundings._replace(views=views)
-        attention = Attention(self.architecture, self.dtype, name='attention')
-        update, new = attention(_norm(self, 'attention_norm', hidden), past, surroundings)
+        normed = _norm(self, 'attention_norm', hidden)
+        update, new = Attention(self.architecture, self.dtype, name='attention')(normed, past, surroundings)
         if self.architecture.post_norms:
             update = _norm(self, 'attention_post_norm', update)
+        keep_means(self, 'residual', hidden, normed, update, hidden + update)
         hidden = hidden + update
-        update = MLP(self.architecture, self.dtype, name='mlp')(_norm(self, 'mlp_norm', hidden))
+        normed = _norm(self, 'mlp_norm', hidden)
+        update = MLP(self.architecture, self.dtype, name='mlp')(normed)
         if self.architecture.post_norms:
             update = _norm(self, 'mlp_post_norm', update)
-        return _pin(hidden + update, self.rows), new
+        hidden = _pin(hidden + update, self.rows)
+        keep_means(self, 'residual', normed, update, hidden)
+        keep_state(self, hidden)
+        return hidden, new
 
 
 class Attention(nn.Module):
@@ -168,6 +176,7 @@ class Attention(nn.Module):
         query = self._heads('query', hidden, architecture.heads, bias)
         key = self._heads('key', hidden, architecture.key_value_heads, bias)
         value = self._heads('value', hidden, architecture.key_value_heads, bias)
+        keep_means(self, 'attention', query, key, value)
         if architecture.query_key_norm:
             query = _norm(self, 'query_norm', query)
             key = _norm(self, 'key_norm', key)
@@ -177,6 +186,7 @@ class Attention(nn.Module):
         tensors = (new,) if past is None else (past, new)
         parts = [Keys(*pair, view.mask) for pair, view in zip(tensors, surroundings.views)]
         mixed = attend(query, parts, scale=architecture.query_scale, softcap=architecture.attention_softcap)
+        keep_means(self, 'attention', query, key, mixed)
         update = _linear(self, 'output', mixed, architecture.width, architecture.output_bias)
         return update, None if past is None else new
 
@@ -196,7 +206,9 @@ class MLP(nn.Module):
         activation = ACTIVATIONS[self.architecture.activation]
         gate = _linear(self, 'gate', hidden, self.architecture.hidden)
         up = _linear(self, 'up', hidden, self.architecture.hidden)
-        return _linear(self, 'down', activation(gate) * up, self.architecture.width)
+        active = activation(gate) * up
+        keep_means(self, 'mlp', active)
+        return _linear(self, 'down', active, self.architecture.width)
 
 
 def init_params(architecture: Architecture, key: jax.Array) -> dict[str, Any]:
@@ -260,7 +272,7 @@ def _scanned(remat: str, layers: int) -> Any:
         layer = nn.remat(Layer, policy=REMAT_POLICIES[remat], prevent_cse=False)  # scan prevents it already
     return nn.scan(
         layer,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, STATES: 0, MEANS: 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast),
         length=layers,
