@@ -64,7 +64,7 @@ def _log1mexp(x: jax.Array) -> jax.Array:
 def deformed_log(log_value: jax.Array, alpha: jax.Array | float) -> jax.Array:
     """(1 - u^-alpha) / alpha for u = exp(log_value), elementwise; its limit log_value at alpha = 0. alpha is traced.
 
-    Beyond u^-alpha = exp(LARGEST_EXPONENT) the power goes on along its tangent: finite, and the gradient keeps its sign.
+    Beyond u^-alpha = exp(LARGEST_EXPONENT) the power goes on along its tangent: finite, the gradient's sign kept.
     """
     nonzero = jnp.where(alpha == 0, 1.0, alpha)
     exponent = -nonzero * log_value
