@@ -45,8 +45,8 @@ class Data:
     """Split of a hub data set to evaluate on."""
     revision: str | None = None
     """Hub revision of both."""
-    columns: tuple[str, ...] = ()
-    """Extra numeric columns to carry along with each pair."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Where the data name a column otherwise than the loss: `{'chosen_score': 'score_chosen'}`."""
     max_prompt_tokens: int = 512
     """Longer prompts are trimmed from the left."""
     max_completion_tokens: int = 512
@@ -85,7 +85,11 @@ class Optimizer:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float | None = 1.0
-    """Clip gradients to this global norm."""
+    """Clip gradients to this global norm; those of a method's own parts to the same, apart."""
+    method_learning_rate: float = 1e-3
+    """Peak learning rate of parts that a method trains beside the policy (masks, value heads); same schedule."""
+    method_weight_decay: float = 0.01
+    """Weight decay of those parts."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Masks and ends come from lengths and rules, never from token ids, so nothing here depends on a padding token.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxpo import config
+from jaxpo.data import companions
 from jaxpo.data.chat import Tokenized, check_template, check_tokenizer, tokenize
+from jaxpo.data.columns import NOTHING, Wanted, check_columns, check_wanted, columns_of, field
 from jaxpo.data.rows import check_rows, lengths_of, unfit
-from jaxpo.data.sources import Example, Rejection, Row, check_columns, example_of, numeric_columns
+from jaxpo.data.sources import Example, Rejection, Row, example_of
 from jaxpo.errors import InputError
 from jaxpo.types import Pair
 
@@ -23,6 +26,9 @@ REJECTIONS = (
     'empty prompt',
     'empty chosen',
     'empty rejected',
+    'empty completion',
+    'label is not true or false',
+    'unpaired, but the losses need pairs',
     'identical',
     'no common prompt',
     'prompt ends with an assistant turn',
@@ -31,6 +37,12 @@ REJECTIONS = (
     'hidden by the chat template',
     'no completion token left',
     'end token inside completion',
+    'missing column',
+    'token numbers of another length',
+    'spans overlap or leave the text',
+    'text rewritten by the chat template',
+    'corrupted prompt refused',
+    'corrupted prompt is the prompt',
     'identical after truncation',
     'longer than a row',
     'duplicate',
@@ -47,56 +59,65 @@ NOTES = (
 NAMED_ROWS = 5
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    pair: Pair
+    origin: str
+    notes: list[str]
+
+
 def audit(
     rows: Sequence[Row],
     tokenizer,
     data: config.Data,
     rows_config: config.Rows,
     *,
+    wanted: Wanted = NOTHING,
     training: Sequence[Pair] = (),
 ) -> tuple[list[Pair], dict]:
     """Pairs that can be trained on, indexed 0.. in the order of their rows, and a report of all rows.
 
     Dropped rows are counted under `rejected` by reason; kept rows with something to know about them under
-    `noted` (a contradiction prefers what an earlier row rejects). `training`: pairs that held-out rows should
-    not share. InputError: wrong columns or settings, no row left, any row rejected where `bad_rows` is 'error',
-    more than `max_drop_rate` of them otherwise.
+    `noted` (a contradiction prefers what an earlier row rejects).
+
+    Args:
+      wanted: what else of the data the objective's losses read; pairs have exactly these columns and companions.
+      training: pairs that held-out rows should not share.
+
+    Raises:
+      InputError: wrong columns or settings, a number that is none, no row left, any row rejected where `bad_rows` is
+        'error', more than `max_drop_rate` of them otherwise.
     """
     check_rows(rows_config)
     _check_limits(data)
     check_tokenizer(tokenizer)
-    check_columns(rows, data.columns)
-    pairs, ledger, seen = [], _Ledger(), _Seen(training)
+    check_wanted(wanted, data.columns)
+    check_columns(rows, wanted, data.columns)
+    kept, ledger, seen = [], _Ledger(), _Seen(training)
     for row in rows:
         try:
-            tokenized = _tokenized(row, tokenizer, data)
-            pair = Pair(
-                prompt=tokenized.prompt,
-                chosen=tokenized.chosen,
-                rejected=tokenized.rejected,
-                index=len(pairs),
-                columns=numeric_columns(row, data.columns),
-            )
+            tokenized, pair = _pair(row, tokenizer, data, wanted)
             _check_pair(pair, rows_config)
-            notes = [*_fitting_notes(tokenized), *seen.add(pair)]
+            kept.append(_Kept(pair, row.origin, [*_fitting_notes(tokenized), *seen.add(pair)]))
         except Rejection as rejection:
-            detail = f' ({rejection.detail})' if rejection.detail else ''
-            ledger.rejected[rejection.reason].append(row.origin + detail)
-            continue
-        pairs.append(pair)
-        for note in notes:
-            ledger.noted[note].append(row.origin)
-    report = _report(rows, pairs, ledger, tokenizer)
+            ledger.reject(row.origin, rejection)
+    if 'mismatched' in wanted.companions:
+        _enforce(_report(rows, kept, ledger, tokenizer), data)
+        kept = _with_mismatched(kept, wanted, rows_config, ledger)
+    kept = [dataclasses.replace(one, pair=dataclasses.replace(one.pair, index=i)) for i, one in enumerate(kept)]
+    report = _report(rows, kept, ledger, tokenizer)
     _enforce(report, data)
-    return pairs, report
+    return [one.pair for one in kept], report
 
 
 class _Ledger:
-    """Origins of rows by reason."""
+    """Origins of rejected rows by reason."""
 
     def __init__(self):
         self.rejected = {reason: [] for reason in REJECTIONS}
-        self.noted = {note: [] for note in NOTES}
+
+    def reject(self, origin: str, rejection: Rejection) -> None:
+        self.rejected[rejection.reason].append(origin + (f' ({rejection.detail})' if rejection.detail else ''))
 
 
 class _Seen:
@@ -108,9 +129,9 @@ class _Seen:
         self.training_pairs = {_preference(pair) for pair in training}
 
     def add(self, pair: Pair) -> list[str]:
-        """Notes about a pair, which is remembered. Rejection: an equal row, extra columns included, came before."""
+        """Notes about a pair, which is remembered. Rejection: an equal row, columns included, came before."""
         prompt, preference = pair.prompt.tobytes(), _preference(pair)
-        row = (preference, tuple(pair.columns.items()))
+        row = (preference, *_extras(pair))
         if row in self.rows:
             raise Rejection('duplicate')
         holds = {
@@ -129,6 +150,11 @@ def _preference(pair: Pair) -> tuple[bytes, bytes, bytes]:
     return pair.prompt.tobytes(), pair.chosen.tobytes(), pair.rejected.tobytes()
 
 
+def _extras(pair: Pair) -> list:
+    columns = [np.asarray(value, np.float64).tobytes() for value in pair.columns.values()]
+    return columns + [other.prompt.tobytes() for other in pair.companions.values()]
+
+
 def _check_limits(data: config.Data) -> None:
     for name in ('max_prompt_tokens', 'max_completion_tokens'):
         if getattr(data, name) < 1:
@@ -137,13 +163,37 @@ def _check_limits(data: config.Data) -> None:
         raise InputError(f'data.max_drop_rate must be from 0 to 1, not {data.max_drop_rate!r}.')
 
 
-def _tokenized(row: Row, tokenizer, data: config.Data) -> Tokenized:
+def _pair(row: Row, tokenizer, data: config.Data, wanted: Wanted) -> tuple[Tokenized, Pair]:
+    """A row as a pair, its index to be set. Rejection: why it is none."""
     if row.fields is None:
         raise Rejection(row.fault)
     example: Example = example_of(row.fields)
+    if not wanted.unpaired and None in (example.chosen, example.rejected):
+        raise Rejection('unpaired, but the losses need pairs')
     if not isinstance(example.prompt, str):
         check_template(tokenizer)
-    return tokenize(example, tokenizer, data.max_prompt_tokens, data.max_completion_tokens)
+    limits = data.max_prompt_tokens, data.max_completion_tokens
+    tokenized = tokenize(example, tokenizer, *limits, align=bool(wanted.tokens))
+    columns = columns_of(row, tokenized, wanted, data.columns)
+    pair = Pair(tokenized.prompt, tokenized.chosen, tokenized.rejected, -1, columns)
+    if 'corrupted' in wanted.companions:
+        prompt = field(row, data.columns.get('corrupted_prompt', 'corrupted_prompt'))
+        other = companions.corrupted(prompt, example, pair, tokenizer, data.max_prompt_tokens)
+        pair = dataclasses.replace(pair, companions={'corrupted': other})
+    return tokenized, pair
+
+
+def _with_mismatched(kept: list[_Kept], wanted: Wanted, rows_config: config.Rows, ledger: _Ledger) -> list[_Kept]:
+    """Those that are not longer than a row with their mismatched completions, which may be of rows that are."""
+    fitting = []
+    for one, other in zip(kept, companions.mismatched([one.pair for one in kept])):
+        found = {**one.pair.companions, 'mismatched': other}
+        pair = dataclasses.replace(one.pair, companions={name: found[name] for name in wanted.companions})
+        if unfit(pair, rows_config):
+            ledger.reject(one.origin, Rejection('longer than a row', 'with its mismatched completion'))
+        else:
+            fitting.append(dataclasses.replace(one, pair=pair))
+    return fitting
 
 
 def _check_pair(pair: Pair, rows_config: config.Rows) -> None:
@@ -162,20 +212,24 @@ def _fitting_notes(tokenized: Tokenized) -> list[str]:
     return [note for note, held in holds.items() if held]
 
 
-def _report(rows: Sequence[Row], pairs: Sequence[Pair], ledger: _Ledger, tokenizer) -> dict:
+def _report(rows: Sequence[Row], kept: Sequence[_Kept], ledger: _Ledger, tokenizer) -> dict:
+    pairs = [one.pair for one in kept]
     lengths = lengths_of(pairs)
+    companion_names = pairs[0].companions if pairs else ()
+    names = ['prompt', 'chosen', 'rejected', *(f'{name}{of}' for name in companion_names for of in ('_prompt', ''))]
+    chosen, rejected = lengths[(lengths[:, 1:3] > 0).all(axis=1), 1:3].T
+    noted = {note: [one.origin for one in kept if note in one.notes] for note in NOTES}
     return {
         'rows': len(rows),
         'kept': len(pairs),
         'dropped': len(rows) - len(pairs),
         'drop_rate': (len(rows) - len(pairs)) / max(1, len(rows)),
         'rejected': {reason: _named(origins) for reason, origins in ledger.rejected.items()},
-        'noted': {note: _named(origins) for note, origins in ledger.noted.items()},
-        'tokens': {
-            name: _statistics(lengths[:, column]) for column, name in enumerate(('prompt', 'chosen', 'rejected'))
-        },
-        'chosen_longer_rate': _rate(lengths[:, 1] > lengths[:, 2]),
-        'equal_length_rate': _rate(lengths[:, 1] == lengths[:, 2]),
+        'noted': {note: _named(origins) for note, origins in noted.items()},
+        'unpaired': {'chosen': int((lengths[:, 2] == 0).sum()), 'rejected': int((lengths[:, 1] == 0).sum())},
+        'tokens': {name: _statistics(column[column > 0]) for name, column in zip(names, lengths.T)},
+        'chosen_longer_rate': _rate(chosen > rejected),
+        'equal_length_rate': _rate(chosen == rejected),
         'unknown_token_rate': _unknown_rate(pairs, tokenizer.unk_token_id),
     }
 

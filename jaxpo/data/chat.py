@@ -11,6 +11,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -22,8 +23,20 @@ SENTINEL = 'completionGoesHere'
 
 
 @dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How the tokens of a whole completion, before it is cut, lie in its text."""
+
+    text: str
+    tokens: int  # the end token included
+    characters: np.ndarray | None
+    """[tokens]: place in `text` of each token's first character that is not white space (its first, where all are).
+    The end token, and what a template writes behind the text, have the text's last such; what it writes before has
+    -1. None where it was not asked for, or the template rewrites the text."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """Token ids (int32) of a preference, and what had to be done to fit them."""
+    """Token ids (int32) of a preference, and what had to be done to fit them. A missing completion is empty."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -31,6 +44,7 @@ class Tokenized:
     prompt_trimmed: bool
     completions_cut: int
     boundary_mismatches: int
+    alignments: dict[str, Alignment]  # of the completions there are, by `chosen` and `rejected`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +55,39 @@ class _Prompt:
     trimmed: bool
 
 
+class _Body(NamedTuple):
+    """Where a completion's own text stands in what is written of it: its characters first..last, from `place` on."""
+
+    place: int
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A completion as text behind its prompt."""
+
+    text: str
+    closed: bool  # whether it has its end token
+    differs: bool  # whether its template writes something else before it than the prompt
+    body: _Body | None  # None where the template rewrites the completion's own text
+
+
+class _Encoded(NamedTuple):
+    """Ids of a text, and how many of its characters and ids are in front of the completion."""
+
+    text: str
+    ids: list[int]
+    characters_before: int
+    ids_before: int
+
+
 @dataclasses.dataclass(frozen=True)
 class _Answer:
     ids: np.ndarray
     cut: bool
     mismatch: bool
+    alignment: Alignment
 
 
 def check_tokenizer(tokenizer) -> None:
@@ -74,21 +116,26 @@ def prompt_ids(prompt: str | list[Message], tokenizer, max_prompt_tokens: int) -
     return _prompt(prompt, tokenizer, max_prompt_tokens).ids
 
 
-def tokenize(example: Example, tokenizer, max_prompt_tokens: int, max_completion_tokens: int) -> Tokenized:
-    """Ids of a preference. Rejection: why it has none."""
+def tokenize(
+    example: Example, tokenizer, max_prompt_tokens: int, max_completion_tokens: int, *, align: bool = False
+) -> Tokenized:
+    """Ids of a preference; with `align`, the characters of its tokens as well. Rejection: why it has none."""
     prompt = _prompt(example.prompt, tokenizer, max_prompt_tokens)
     frame = None if isinstance(example.prompt, str) else _frame(example.prompt, tokenizer)
-    chosen, rejected = (
-        _answer(example.prompt, completion, prompt, frame, tokenizer, max_completion_tokens)
-        for completion in (example.chosen, example.rejected)
-    )
+    sides = {'chosen': example.chosen, 'rejected': example.rejected}
+    answers = {
+        side: _answer(example.prompt, completion, prompt, frame, tokenizer, max_completion_tokens, align)
+        for side, completion in sides.items()
+        if completion is not None
+    }
+    ids = {side: answers[side].ids if side in answers else np.zeros(0, np.int32) for side in sides}
     return Tokenized(
         prompt.ids,
-        chosen.ids,
-        rejected.ids,
-        prompt.trimmed,
-        int(chosen.cut) + int(rejected.cut),
-        int(chosen.mismatch) + int(rejected.mismatch),
+        **ids,
+        prompt_trimmed=prompt.trimmed,
+        completions_cut=sum(answer.cut for answer in answers.values()),
+        boundary_mismatches=sum(answer.mismatch for answer in answers.values()),
+        alignments={side: answer.alignment for side, answer in answers.items()},
     )
 
 
@@ -111,12 +158,13 @@ def _ids(text: str, tokenizer) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
-def _ids_apart(text: str, tokenizer) -> list[int]:
-    """Ids of a text that continues another: behind a line break, as some tokenizers put a space before a text's
-    first word."""
+def _encode_apart(text: str, tokenizer) -> _Encoded:
+    """A text that continues another: behind a line break, as some tokenizers put a space before a text's first word."""
     break_ids = _ids('\n', tokenizer)
     ids = _ids('\n' + text, tokenizer)
-    return ids[len(break_ids) :] if ids[: len(break_ids)] == break_ids else _ids(text, tokenizer)
+    if ids[: len(break_ids)] == break_ids:
+        return _Encoded('\n' + text, ids, 1, len(break_ids))
+    return _Encoded(text, _ids(text, tokenizer), 0, 0)
 
 
 def adds_bos(tokenizer) -> bool:
@@ -169,8 +217,8 @@ def _control_tokens(tokenizer, size: int) -> frozenset[str]:
     return frozenset({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
 
 
-def _chat_completion(prompt, message, text, frame, tokenizer) -> tuple[str, bool, bool]:
-    """A message as text behind the prompt's `text`; whether it has its end token; whether the headers differ."""
+def _write_completion(prompt, message, text, frame, tokenizer) -> _Written:
+    """A message as text behind the prompt's `text`."""
     before, after = frame
     whole = _render([*prompt, message], tokenizer)
     differs = not whole.startswith(text)
@@ -178,21 +226,57 @@ def _chat_completion(prompt, message, text, frame, tokenizer) -> tuple[str, bool
     if not whole.startswith(start) or not whole.endswith(after):
         raise Rejection('hidden by the chat template')
     closing, closed = _closing(after, tokenizer)
-    return whole[len(start) : len(whole) - len(after)] + closing, closed, differs
+    end = len(whole) - len(after)
+    content, kept = message['content'], whole[len(before) : end]
+    first, body = content.find(kept), None
+    if whole.startswith(before) and first >= 0 and first == content.rfind(kept):  # a template may trim its contents
+        body = _Body(len(before) - len(start), first, first + len(kept))
+    return _Written(whole[len(start) : end] + closing, closed, differs, body)
 
 
-def _answer(prompt, completion, head: _Prompt, frame, tokenizer, limit: int) -> _Answer:
+def _answer(prompt, completion, head: _Prompt, frame, tokenizer, limit: int, align: bool) -> _Answer:
     """Ids of one completion behind its prompt; `frame` is None for plain text."""
-    differs = closed = False
-    if frame is not None:
-        completion, closed, differs = _chat_completion(prompt, completion, head.text, frame, tokenizer)
-    whole = _ids(head.text + completion, tokenizer)
-    mismatch = whole[: len(head.bare)] != head.bare
-    ids = _ids_apart(completion, tokenizer) if mismatch else whole[len(head.bare) :]
-    if not closed and ids[-1:] != [tokenizer.eos_token_id]:
+    if frame is None:
+        own, written = completion, _Written(completion, False, False, _Body(0, 0, len(completion)))
+    else:
+        own, written = completion['content'], _write_completion(prompt, completion, head.text, frame, tokenizer)
+    text = head.text + written.text
+    encoded = _Encoded(text, _ids(text, tokenizer), len(head.text), len(head.bare))
+    mismatch = encoded.ids[: len(head.bare)] != head.bare
+    if mismatch:
+        encoded = _encode_apart(written.text, tokenizer)
+    ids = encoded.ids[encoded.ids_before :]
+    if not written.closed and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     if len(ids) < 2:
         raise Rejection('no completion token left')
     if not {ids[-1], tokenizer.eos_token_id}.isdisjoint(ids[:-1]):
         raise Rejection('end token inside completion')
-    return _Answer(np.asarray(ids[:limit], np.int32), len(ids) > limit, mismatch or differs)
+    characters = _characters(encoded, written, own, len(ids), tokenizer) if align and written.body else None
+    alignment = Alignment(own, len(ids), characters)
+    return _Answer(np.asarray(ids[:limit], np.int32), len(ids) > limit, mismatch or written.differs, alignment)
+
+
+def _characters(encoded: _Encoded, written: _Written, own: str, tokens: int, tokenizer) -> np.ndarray:
+    """`Alignment.characters` of `tokens` tokens of a completion, of which the encoded text may lack the last."""
+    place, first, last = written.body
+    places = np.full(tokens, len(written.text))
+    found = _first_characters(encoded.text, tokenizer)[encoded.ids_before :]
+    places[: len(found)] = np.asarray(found) - encoded.characters_before
+    places += first - place
+    places[places < first] = -1
+    places[places >= last] = len(own[:last].rstrip()) - 1
+    return places
+
+
+def _first_characters(text: str, tokenizer) -> list[int]:
+    """The place of each token's first character that is not white space; of its first, where all are."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    places, done = [], 0
+    for start, end in encoding['offset_mapping']:
+        if not text[done:start].strip():
+            start = min(start, done)  # some tokenizers leave a token's leading space out
+        done = max(end, done)
+        token = text[start:done]
+        places.append(start + len(token) - len(token.lstrip()) if token.strip() else start)
+    return places

@@ -6,6 +6,7 @@ to `microbatch`.
 """
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,18 +29,35 @@ class Shape(NamedTuple):
 
 
 def lengths_of(pairs: Sequence[Pair]) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected of each pair: [N, 3] int64."""
-    lengths = [(pair.prompt.size, pair.chosen.size, pair.rejected.size) for pair in pairs]
-    return np.asarray(lengths, np.int64).reshape(-1, 3)
+    """Tokens of prompt, chosen and rejected of each pair, then of each companion's prompt and completion.
+
+    [N, 3 + 2 companions] int64. A completion that is not there has 0; nothing is written for it.
+    """
+    if not pairs or not pairs[0].companions:
+        lengths = [(pair.prompt.size, pair.chosen.size, pair.rejected.size) for pair in pairs]
+        return np.asarray(lengths, np.int64).reshape(-1, 3)
+    return np.asarray([_lengths(pair) for pair in pairs], np.int64)
+
+
+def _lengths(pair: Pair) -> list[int]:
+    further = (size for other in pair.companions.values() for size in (other.prompt.size, other.completion.size))
+    return [pair.prompt.size, pair.chosen.size, pair.rejected.size, *further]
 
 
 def row_tokens(lengths: np.ndarray, layout: str) -> np.ndarray:
-    """Tokens [N] a pair takes in its row: its prompt once where shared, else twice."""
-    return lengths @ np.array([1 if layout == 'shared' else 2, 1, 1])
+    """Tokens [N] a pair takes in its row: its prompt once where shared, else for each completion; all companions."""
+    sides, prompts, completions = lengths[:, 1:3], lengths[:, 3::2], lengths[:, 4::2]
+    copies = 1 if layout == 'shared' else (sides > 0).sum(axis=1)
+    return lengths[:, 0] * copies + _scored(lengths) + (prompts * (completions > 0)).sum(axis=1)
+
+
+def _scored(lengths: np.ndarray) -> np.ndarray:
+    """Completion tokens [N] of a pair and its companions."""
+    return lengths[:, 1:3].sum(axis=1) + lengths[:, 4::2].sum(axis=1)
 
 
 def unfit(pair: Pair, rows: config.Rows) -> bool:
-    """Whether a pair is longer than the longest row."""
+    """Whether a pair, companions included, is longer than the longest row."""
     return int(row_tokens(lengths_of([pair]), rows.layout)[0]) > max(rows.lengths)
 
 
@@ -58,7 +76,7 @@ def check_rows(rows: config.Rows, row_multiple: int = 1) -> None:
 
 
 def plan_rows(lengths: np.ndarray, rows: config.Rows, row_multiple: int = 1) -> tuple[Shape, np.ndarray]:
-    """Shape of the batch that holds pairs of `lengths` [N, 3], and the row [N] of each pair.
+    """Shape of the batch that holds pairs of `lengths` (`lengths_of`), and the row [N] of each pair.
 
     The row length is the one with the fewest tokens in all that holds the longest pair; of equals, the shorter.
     """
@@ -76,7 +94,7 @@ def plan_rows(lengths: np.ndarray, rows: config.Rows, row_multiple: int = 1) -> 
         microbatches, count = _row_counts(int(row_of.max()) + 1, rows.microbatch, row_multiple)
         plans.append((microbatches * count * length, length, microbatches, count, row_of))
     _, length, microbatches, count, row_of = min(plans, key=lambda plan: plan[:2])
-    fullest = int(np.bincount(row_of, weights=lengths[:, 1] + lengths[:, 2]).max())
+    fullest = int(np.bincount(row_of, weights=_scored(lengths)).max())
     scored = -(-_quarters(fullest, length) // 8) * 8
     return Shape(microbatches, count, length, scored, slots), row_of
 
@@ -118,43 +136,47 @@ def _first_fit_decreasing(sizes: np.ndarray, length: int, slots: int) -> np.ndar
 def run_shapes(
     lengths: np.ndarray, batches: Iterable[np.ndarray], rows: config.Rows, *, row_multiple: int = 1
 ) -> collections.Counter[Shape]:
-    """How many batches have each shape, for pairs of `lengths` [N, 3] and the pair indices of each batch."""
+    """How many batches have each shape, for pairs of `lengths` (`lengths_of`) and the indices of each batch."""
     return collections.Counter(plan_rows(lengths[batch], rows, row_multiple)[0] for batch in batches)
 
 
 def fill_rows(pairs: Sequence[Pair], rows: config.Rows, *, row_multiple: int = 1) -> Batch:
     """Pairs in rows: every array of types.Batch as numpy, with a leading axis of microbatches: [A, R, ...].
 
-    A pair lies within one row, a slot without a pair has weight 0. InputError: a pair longer than every row.
+    A pair lies within one row, a slot without a pair has weight 0. InputError: a pair longer than every row, or with
+    other columns or companions than the first.
     """
-    lengths = lengths_of(pairs)
-    shape, row_of = plan_rows(lengths, rows, row_multiple)
-    batch = _empty(shape, list(pairs[0].columns))
-    token_end, scored_end, slot_end = (np.zeros(shape.microbatches * shape.rows, np.int64) for _ in range(3))
+    _check_names(pairs)
+    shape, row_of = plan_rows(lengths_of(pairs), rows, row_multiple)
+    batch = _empty(shape, pairs[0])
+    spots = [_Spot(row) for row in range(shape.microbatches * shape.rows)]
     for pair, row in zip(pairs, row_of):
-        spot = _Spot(row, int(token_end[row]), int(scored_end[row]), int(slot_end[row]))
-        write = _write_shared if rows.layout == 'shared' else _write_apart
-        token_end[row] = write(batch, pair, spot)
-        scored_end[row] += pair.chosen.size + pair.rejected.size
-        slot_end[row] += 1
-        batch.pair_weight[row, spot.slot] = 1
-        batch.pair_index[row, spot.slot] = pair.index
-        for name, value in pair.columns.items():
-            batch.columns[name][row, spot.slot] = value
+        _write_pair(batch, pair, spots[row], shared=rows.layout == 'shared')
     return _split_rows(batch, shape)
 
 
-class _Spot(NamedTuple):
-    """Where a pair goes: its row, and the first free token, scored token and slot there."""
+def _check_names(pairs: Sequence[Pair]) -> None:
+    for kind in ('columns', 'companions'):
+        first = list(getattr(pairs[0], kind)) if pairs else []
+        for pair in pairs:
+            names = list(getattr(pair, kind))
+            if names != first:
+                raise InputError(f'Pair {pair.index} has the {kind} {names}, but pair {pairs[0].index} has {first}.')
+
+
+@dataclasses.dataclass
+class _Spot:
+    """The first free token, scored token, slot and segment of a row."""
 
     row: int
-    token: int
-    scored: int
-    slot: int
+    token: int = 0
+    scored: int = 0
+    slot: int = 0
+    segment: int = 1
 
 
-def _empty(shape: Shape, columns: list[str]) -> Batch:
-    """A batch without pairs, its rows not yet split into microbatches."""
+def _empty(shape: Shape, pair: Pair) -> Batch:
+    """A batch without pairs, its rows not yet split into microbatches, for pairs with columns such as `pair` has."""
     count = shape.microbatches * shape.rows
     tokens, scored, slots = (count, shape.tokens), (count, shape.scored), (count, shape.slots)
     completions = (*slots, shape.tokens)
@@ -162,10 +184,10 @@ def _empty(shape: Shape, columns: list[str]) -> Batch:
         **{name: np.zeros(tokens, np.int32) for name in ('tokens', 'positions', 'segment', 'branch')},
         **{name: np.zeros(scored, np.int32) for name in ('source', 'target')},
         **{name: _nowhere(completions) for name in ('chosen', 'rejected')},
-        companions={},
+        companions={name: _nowhere(completions) for name in pair.companions},
         pair_weight=np.zeros(slots, np.float32),
         pair_index=np.full(slots, -1, np.int32),
-        columns={name: np.zeros(slots, np.float32) for name in columns},
+        columns={name: np.zeros(completions if np.ndim(v) else slots, np.float32) for name, v in pair.columns.items()},
     )
 
 
@@ -180,54 +202,52 @@ def _split_rows(batch: Batch, shape: Shape) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _write_shared(batch: Batch, pair: Pair, spot: _Spot) -> int:
-    """Prompt, chosen, rejected in one segment. Returns the first free token."""
-    segment = spot.slot + 1
-    start = _write_prompt(batch, spot.row, spot.token, pair.prompt, segment)
-    middle = _write_completion(batch, spot, start, start, pair.prompt.size, pair.chosen, segment, 1)
-    behind = spot._replace(scored=spot.scored + pair.chosen.size)
-    return _write_completion(batch, behind, middle, start, pair.prompt.size, pair.rejected, segment, 2)
+def _write_pair(batch: Batch, pair: Pair, spot: _Spot, *, shared: bool) -> None:
+    """Writes a pair behind what is in its row, and moves `spot` behind the pair."""
+    sides = ((batch.chosen, pair.chosen, 1), (batch.rejected, pair.rejected, 2))
+    there = [side for side in sides if side[1].size]
+    for completions in [there] if shared else [[side] for side in there]:
+        _write_segment(batch, spot, pair.prompt, completions)
+    for name, other in pair.companions.items():
+        if other.completion.size:
+            _write_segment(batch, spot, other.prompt, [(batch.companions[name], other.completion, 1)])
+    batch.pair_weight[spot.row, spot.slot] = 1
+    batch.pair_index[spot.row, spot.slot] = pair.index
+    for name, value in pair.columns.items():
+        if np.ndim(value):
+            batch.columns[name][spot.row, spot.slot, : value.size] = value
+        else:
+            batch.columns[name][spot.row, spot.slot] = value
+    spot.slot += 1
 
 
-def _write_apart(batch: Batch, pair: Pair, spot: _Spot) -> int:
-    """Prompt and chosen in one segment, prompt and rejected in the next. Returns the first free token."""
-    segment = 2 * spot.slot + 1
-    start = _write_prompt(batch, spot.row, spot.token, pair.prompt, segment)
-    end = _write_completion(batch, spot, start, start, pair.prompt.size, pair.chosen, segment, 1)
-    start = _write_prompt(batch, spot.row, end, pair.prompt, segment + 1)
-    behind = spot._replace(scored=spot.scored + pair.chosen.size)
-    return _write_completion(batch, behind, start, start, pair.prompt.size, pair.rejected, segment + 1, 2)
-
-
-def _write_prompt(batch: Batch, row: int, start: int, prompt: np.ndarray, segment: int) -> int:
-    end = start + prompt.size
-    batch.tokens[row, start:end] = prompt
-    batch.positions[row, start:end] = np.arange(prompt.size)
-    batch.segment[row, start:end] = segment
-    return end
+def _write_segment(
+    batch: Batch, spot: _Spot, prompt: np.ndarray, completions: Sequence[tuple[Places, np.ndarray, int]]
+) -> None:
+    """Writes a prompt and completions of it, each with its Places and branch, into a segment of their own."""
+    row, start = spot.row, spot.token
+    spot.token += prompt.size
+    batch.tokens[row, start : spot.token] = prompt
+    batch.positions[row, start : spot.token] = np.arange(prompt.size)
+    prompt_end = spot.token
+    for places, completion, branch in completions:
+        _write_completion(batch, spot, places, prompt_end, prompt.size, completion, branch)
+    batch.segment[row, start : spot.token] = spot.segment
+    spot.segment += 1
 
 
 def _write_completion(
-    batch: Batch,
-    spot: _Spot,
-    start: int,
-    prompt_end: int,
-    prompt_size: int,
-    completion: np.ndarray,
-    segment: int,
-    branch: int,
-) -> int:
-    """Writes a completion at `start` whose first token is predicted by the last of its prompt, before `prompt_end`."""
-    row, size = spot.row, completion.size
-    end, first, last = start + size, spot.scored, spot.scored + size
+    batch: Batch, spot: _Spot, places: Places, prompt_end: int, prompt_size: int, completion: np.ndarray, branch: int
+) -> None:
+    """Writes a completion whose first token is predicted by the last of its prompt, before `prompt_end`."""
+    row, size, start, first = spot.row, completion.size, spot.token, spot.scored
+    end, last = start + size, first + size
     batch.tokens[row, start:end] = completion
     batch.positions[row, start:end] = np.arange(prompt_size, prompt_size + size)
-    batch.segment[row, start:end] = segment
     batch.branch[row, start:end] = branch
     batch.source[row, first:last] = np.arange(start - 1, end - 1)
     batch.source[row, first] = prompt_end - 1
     batch.target[row, first:last] = completion
-    places = batch.chosen if branch == 1 else batch.rejected
     places.place[row, spot.slot, :size] = np.arange(first, last)
     places.weights[row, spot.slot, :size] = 1
-    return end
+    spot.token, spot.scored = end, last

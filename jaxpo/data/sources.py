@@ -7,12 +7,11 @@ import dataclasses
 import difflib
 import gzip
 import json
-import math
 import pathlib
 import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from jaxpo.errors import InputError, unknown
 
@@ -33,11 +32,11 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One preference in one of two forms: all three plain text; or a list of messages and one message for each
-    completion."""
+    completion. An unpaired row has one completion, not both."""
 
     prompt: str | list[Message]
-    chosen: str | Message
-    rejected: str | Message
+    chosen: str | Message | None
+    rejected: str | Message | None
 
 
 class Rejection(InputError):
@@ -162,49 +161,20 @@ def _dataset_row(dataset, number: int, origin: str) -> Row:
         return Row(origin, None, 'not UTF-8')
 
 
-def check_columns(rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """InputError where no row at all has a needed column or an extra one, or text has no prompt."""
-    readable = [row for row in rows if row.fields is not None]
-    found = sorted({name for row in readable for name in row.fields})
-    for name in ('chosen', 'rejected', *columns):
-        if readable and name not in found:
-            near = difflib.get_close_matches(name, found, n=1, cutoff=0.5)
-            hint = f' Did you mean {near[0]!r}?' if near else ''
-            raise InputError(
-                f'{readable[0].origin}: no column {name!r}.{hint} Found: {", ".join(found) or "none"}. '
-                f'Expected: {", ".join(("prompt", "chosen", "rejected", *columns))}.'
-            )
-    first = next((row for row in readable if isinstance(row.fields.get('chosen'), str)), None)
-    if first is not None and 'prompt' not in found:
-        raise InputError(
-            f'{first.origin}: plain-text chosen and rejected need a column prompt (only whole conversations, '
-            f'as messages, may leave it out). Found: {", ".join(found)}.'
-        )
-
-
-def numeric_columns(row: Row, columns: Sequence[str]) -> dict[str, float]:
-    """The row's extra columns as finite floats. InputError names the column and the row."""
-    values = {}
-    for name in columns:
-        value = row.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f'{row.origin}: column {name!r} must be a finite number, not {value!r}.')
-        values[name] = float(value)
-    return values
-
-
 def example_of(fields: dict) -> Example:
     """The preference a row states, in any of the field's formats. Rejection: why it states none.
 
     prompt, chosen, rejected as text; all as messages; a prompt of messages with completions of text (each one
     assistant message); or, without a prompt of messages, whole conversations whose longest common prefix of
     turns is the prompt. A completion of messages is exactly one assistant turn: with more, tokens that nobody
-    preferred (a user's) would be scored.
+    preferred (a user's) would be scored. A row without chosen and rejected is unpaired: prompt and completion, in
+    the same forms, and a label: true makes it a chosen, false a rejected completion.
     """
+    if is_unpaired(fields):
+        return _unpaired_example(fields)
     prompt, chosen, rejected = (fields.get(name) for name in ('prompt', 'chosen', 'rejected'))
-    for name, value in (('chosen', chosen), ('rejected', rejected)):
-        if value is None or (isinstance(value, str) and not value.strip()) or value == []:
-            raise Rejection(f'empty {name}')
+    _check_there(chosen, 'chosen')
+    _check_there(rejected, 'rejected')
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise Rejection('wrong shape')
     if chosen == rejected:
@@ -218,6 +188,31 @@ def example_of(fields: dict) -> Example:
         turns = _common_turns(chosen, rejected)
         prompt, chosen, rejected = _split(chosen[:turns], prompt), chosen[turns:], rejected[turns:]
     return Example(prompt_of(prompt), _one_turn(chosen, 'chosen'), _one_turn(rejected, 'rejected'))
+
+
+def is_unpaired(fields: dict) -> bool:
+    """Whether a row has one completion with a label, not two. Columnar files have empty fields for the others."""
+    return 'completion' in fields and fields.get('chosen') is None and fields.get('rejected') is None
+
+
+def _unpaired_example(fields: dict) -> Example:
+    completion, label = fields['completion'], fields.get('label')
+    _check_there(completion, 'completion')
+    if not isinstance(label, bool):
+        raise Rejection('label is not true or false', repr(label))
+    prompt = prompt_of(fields.get('prompt'))
+    if not isinstance(completion, str):
+        completion = _one_turn(_messages(completion), 'completion')
+        if isinstance(prompt, str):
+            raise Rejection('wrong shape')
+    elif not isinstance(prompt, str):
+        completion = _assistant(completion)
+    return Example(prompt, completion, None) if label else Example(prompt, None, completion)
+
+
+def _check_there(completion, name: str) -> None:
+    if completion is None or (isinstance(completion, str) and not completion.strip()) or completion == []:
+        raise Rejection(f'empty {name}')
 
 
 def _assistant(content: str) -> Message:

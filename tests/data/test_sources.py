@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from jaxpo.data.sources import Row, check_columns, example_of, numeric_columns, prompt_of, read_rows
+from jaxpo.data.sources import example_of, prompt_of, read_rows
 from jaxpo.errors import InputError
 
 USER, ANSWER, OTHER = (
@@ -174,20 +174,3 @@ def test_a_prompt_for_generation_is_checked_too():
     assert prompt_of('text') == 'text' and prompt_of([USER]) == [USER]
     with pytest.raises(InputError, match='wrong shape'):
         prompt_of([{'role': 'user'}])
-
-
-def test_missing_columns_are_named_with_the_nearest():
-    with pytest.raises(InputError, match="f:1: no column 'rejected'. Did you mean 'rejectd'.*Found: .*Expected"):
-        check_columns([Row('f:1', {'prompt': 'a', 'chosen': 'b', 'rejectd': 'c'})], ())
-    with pytest.raises(InputError, match='need a column prompt'):
-        check_columns([Row('f:1', {'chosen': 'b', 'rejected': 'c'})], ())
-    with pytest.raises(InputError, match="no column 'margins'. Did you mean 'margin'"):
-        check_columns([Row('f:1', {**GOOD, 'margin': 1})], ('margins',))
-    check_columns([Row('f:1', None, 'not JSON'), Row('f:2', {'chosen': [USER], 'rejected': [USER]})], ())
-
-
-@pytest.mark.parametrize('value', [None, '1.5', True, float('nan'), [1.0]])
-def test_extra_columns_must_be_numbers(value):
-    with pytest.raises(InputError, match="f:3: column 'margin'"):
-        numeric_columns(Row('f:3', {**GOOD, 'margin': value}), ('margin',))
-    assert numeric_columns(Row('f:3', {**GOOD, 'margin': 2}), ('margin',)) == {'margin': 2.0}
