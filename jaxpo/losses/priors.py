@@ -16,15 +16,15 @@ not available: the priors here were derived from the losses, whose values and gr
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from jaxpo.errors import InputError, unknown
-from jaxpo.losses import links, scores
+from jaxpo.losses import links
 from jaxpo.losses.registry import Needs, loss
-from jaxpo.types import Completion, Rewards
+from jaxpo.types import Completion
 
 PRIORS: dict[str, 'Prior'] = {}
 CHOICES: dict[str, Callable] = {}
@@ -44,6 +44,10 @@ class Prior:
     """The loss's hyperparameters to those of `mi` that give the same loss."""
     summary: str
     """What zeta is."""
+    words: Mapping[str, str]
+    """The loss's structural words for which it is recovered, where not the default ones."""
+    outside: tuple[str, ...]
+    """The loss's hyperparameters that weigh terms beside the margin: it is recovered where they are 0."""
     needs: Needs
     reads_masks: bool
     """Whether it reads `Completion.masks`, which are trained: only another loss than `mi` trains them."""
@@ -79,8 +83,10 @@ def prior(
     *,
     name: str = '',
     alpha: str = 'beta',
-    matching: Callable[..., dict[str, Any]] = lambda beta: {'alpha': beta},
+    matching: Callable[..., dict[str, Any]] = lambda beta, **_: {'alpha': beta},
     summary: str = '',
+    words: Mapping[str, str] | None = None,
+    outside: tuple[str, ...] = (),
     needs: Needs | None = None,
     reads_masks: bool = False,
     normalised: bool = False,
@@ -100,9 +106,21 @@ def prior(
         known = PRIORS.get(own)
         if known and inspect.getsourcefile(known.function) != inspect.getsourcefile(function):
             raise InputError(f'The prior {own!r} is registered already: it recovers {known.recovers}.')
-        said = summary or inspect.getdoc(function).splitlines()[0]
-        facts = (normalised, depends_on_policy, depends_on_label, stopped)
-        PRIORS[own] = Prior(function, recovers, alpha, matching, said, needs or Needs(), reads_masks, *facts)
+        PRIORS[own] = Prior(
+            function,
+            recovers,
+            alpha,
+            matching,
+            summary or inspect.getdoc(function).splitlines()[0],
+            words or {},
+            outside,
+            needs or Needs(),
+            reads_masks,
+            normalised,
+            depends_on_policy,
+            depends_on_label,
+            stopped,
+        )
         if not name and not reads_masks:
             CHOICES[own] = function
         return function
@@ -132,146 +150,16 @@ def mi(chosen: Completion, rejected: Completion, *, alpha: float = 0.1, prior: s
     if prior not in PRIORS:
         raise unknown('mi.prior', prior, PRIORS)
     log_zeta = PRIORS[prior].function
-    rewards = Rewards(
-        alpha * _score(chosen, log_zeta(chosen, rejected, alpha, **hyperparameters)),
-        alpha * _score(rejected, log_zeta(rejected, None, alpha, **hyperparameters)),
+    return links.bradley_terry(
+        alpha,
+        _score(chosen, log_zeta(chosen, rejected, alpha, **hyperparameters)),
+        _score(rejected, log_zeta(rejected, None, alpha, **hyperparameters)),
     )
-    return links.logistic(rewards.chosen - rewards.rejected), rewards
 
 
 def _score(completion: Completion, log_zeta: jax.Array) -> jax.Array:
     """log pi - log zeta of the completion, nats, subtracted before it is summed."""
     return (completion.weights * (completion.policy_logps - log_zeta)).sum(axis=-1)
-
-
-def _reference(completion: Completion) -> jax.Array:
-    (reference_logps,) = completion.reference_logps
-    return reference_logps
-
-
-def _token_log_ratio(completion: Completion) -> jax.Array:
-    return completion.policy_logps - _reference(completion)
-
-
-def _length(completion: Completion) -> jax.Array:
-    """`[B, 1]`: what a part that belongs to the whole completion is divided by."""
-    return scores.length(completion)[:, None]
-
-
-@prior('dpo', normalised=True)
-@prior('DICE', name='dice', summary='The previous iterate, frozen, as the reference.', normalised=True)
-def dpo(completion: Completion, preferred_to: Completion | None, alpha):
-    """The reference.
-
-    log_ref
-
-    DICE's own are its data, which the previous iterate samples and scores: its loss is DPO's.
-    """
-    return _reference(completion)
-
-
-@prior(
-    'h_dpo',
-    alpha='alpha * beta',
-    matching=lambda beta, alpha: {'alpha': alpha * beta, 'entropy_weight': alpha},
-)
-def h_dpo(completion: Completion, preferred_to: Completion | None, alpha, *, entropy_weight: float = 0.9):
-    """The reference, tempered.
-
-    log_ref / entropy_weight
-
-    entropy_weight > 0 is the loss's own alpha.
-
-    Unverified: that the paper's name cEntropy means this method is inferred.
-    """
-    return _reference(completion) / entropy_weight
-
-
-@prior('r_dpo', matching=lambda beta, alpha: {'alpha': beta, 'length_penalty': alpha})
-def r_dpo(completion: Completion, preferred_to: Completion | None, alpha, *, length_penalty: float = 0.05):
-    """The reference, less by a factor for every token.
-
-    log_ref - length_penalty / alpha
-
-    length_penalty >= 0 is the loss's own alpha, nats of reward a token.
-    """
-    return _reference(completion) - length_penalty / alpha
-
-
-@prior('ln_dpo', depends_on_policy=True)
-def ln_dpo(completion: Completion, preferred_to: Completion | None, alpha):
-    """A geometric mixture of policy and reference, the reference's share 1 / n for n tokens.
-
-    log_pi - (log_pi - log_ref) / n
-    """
-    return completion.policy_logps - _token_log_ratio(completion) / _length(completion)
-
-
-@prior(
-    'simpo',
-    matching=lambda beta, gamma: {'alpha': beta, 'gamma': gamma},
-    depends_on_policy=True,
-    depends_on_label=True,
-)
-def simpo(completion: Completion, preferred_to: Completion | None, alpha, *, gamma: float = 0.5):
-    """The policy to the power 1 - 1 / n for n tokens, raised by gamma where the completion is the chosen one.
-
-    log_pi - log_pi / n, plus gamma / (alpha * n) if chosen
-
-    gamma >= 0 is the target margin of rewards, nats; without it zeta does not depend on the label.
-    """
-    log_zeta = completion.policy_logps - completion.policy_logps / _length(completion)
-    return log_zeta if preferred_to is None else log_zeta + gamma / (alpha * _length(completion))
-
-
-@prior('tdpo1', needs=Needs(statistics=('forward_kl',)), depends_on_policy=True)
-def tdpo1(completion: Completion, preferred_to: Completion | None, alpha):
-    """The reference, less where it and the policy part.
-
-    log_ref - KL(ref || pi)
-    """
-    return _reference(completion) - completion.forward_kl
-
-
-@prior(
-    'tdpo2',
-    matching=lambda beta, alpha: {'alpha': beta, 'divergence_weight': alpha},
-    needs=Needs(statistics=('forward_kl',)),
-    depends_on_policy=True,
-    depends_on_label=True,
-    stopped='the divergence of the chosen completion',
-)
-def tdpo2(completion: Completion, preferred_to: Completion | None, alpha, *, divergence_weight: float = 0.5):
-    """The reference, less where it and the policy part; on the chosen side the divergence is held constant.
-
-    log_ref - divergence_weight * KL(ref || pi), KL behind a stop-gradient if chosen
-
-    divergence_weight >= 0 is the loss's own alpha. The label changes no value of zeta, only its gradient.
-    """
-    divergence = completion.forward_kl
-    if preferred_to is not None:
-        divergence = jax.lax.stop_gradient(divergence)
-    return _reference(completion) - divergence_weight * divergence
-
-
-@prior(
-    'sparse_po',
-    matching=lambda beta, **_: {'alpha': beta},
-    needs=Needs(statistics=('forward_kl',)),
-    reads_masks=True,
-    depends_on_policy=True,
-)
-def sparse_po(completion: Completion, preferred_to: Completion | None, alpha):
-    """A geometric mixture of policy and reference, token by token as a learned mask says, less where they part.
-
-    log_pi - reward_mask * (log_pi - log_ref) - kl_mask * KL(ref || pi)
-
-    The L1 penalty of SparsePO stands outside.
-    """
-    masks = completion.masks
-    return (
-        completion.policy_logps - masks['reward'] * _token_log_ratio(completion) - masks['kl'] * completion.forward_kl
-    )
 
 
 def unification_table() -> str:
