@@ -115,7 +115,7 @@ def test_the_initial_policy_can_be_sampled_after_training(module, capsys):
         (['train', 'experiment.py', '--rows.microbatch', '7'], 'multiple of the 8 devices'),
         (['train', 'experiment.py', '--train.steps', '0'], 'train.steps must be positive'),
         (['train', 'experiment.py', '--train.batch-pairs', '0'], 'train.batch_pairs must be positive'),
-        (['train', 'experiment.py', '--data.columns', 'margn'], 'margn'),
+        (['train', 'experiment.py', '--data.columns', 'margn', 'margin'], "renames 'margn', which no loss"),
         (['train', 'experiment.py', '--references.initial.source', 'nowhere'], 'No model at'),
         (['train', 'experiment.py', '--sample.temperature', '-1', '--evaluate.sample-prompts', '2'], 'temperature'),
         (['sample', 'experiment.py', '--sample.prompts', 'prompts.txt'], 'prompts.txt'),

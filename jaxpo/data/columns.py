@@ -58,7 +58,10 @@ def check_wanted(wanted: Wanted, renamed: Mapping[str, str]) -> None:
             )
     for name in renamed:
         if name not in wanted.columns:
-            raise unknown('column in data.columns: the losses of the objective read no', name, wanted.columns)
+            raise InputError(
+                f'data.columns renames {name!r}, which no loss of the objective reads.{_hint(name, wanted.columns)} '
+                f'They read: {", ".join(wanted.columns) or "none"}.'
+            )
 
 
 def check_columns(rows: Sequence[Row], wanted: Wanted, renamed: Mapping[str, str]) -> None:
@@ -89,13 +92,16 @@ def _check_found(name: str, renamed: Mapping[str, str], found: list[str], expect
     source = renamed.get(name, name)
     if source in found:
         return
-    near = difflib.get_close_matches(source, found, n=1, cutoff=0.5)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
     needed = f' (data.columns says so for {name!r})' if name in renamed else ''
     raise InputError(
-        f'{origin}: no column {source!r}{needed}.{hint} Found: {", ".join(found) or "none"}. '
+        f'{origin}: no column {source!r}{needed}.{_hint(source, found)} Found: {", ".join(found) or "none"}. '
         f'Expected: {", ".join(expected)}.'
     )
+
+
+def _hint(name: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f' Did you mean {near[0]!r}?' if near else ''
 
 
 def columns_of(row: Row, tokenized: Tokenized, wanted: Wanted, renamed: Mapping[str, str]) -> dict[str, Any]:

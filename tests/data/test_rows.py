@@ -1,5 +1,7 @@
 import dataclasses
+import operator
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from jaxpo import config
 from jaxpo.data import rows as rows_module
 from jaxpo.data.rows import fill_rows, plan_rows, run_shapes, unfit
 from jaxpo.errors import InputError
-from jaxpo.types import Pair
+from jaxpo.types import Pair, Sequence
 
 LAYOUTS = ('padded', 'packed', 'shared')
 
@@ -18,13 +20,21 @@ def ids(rng, size):
     return rng.integers(0, 90, size).astype(np.int32)
 
 
-def random_pairs(seed, count, longest=10):
+def random_pairs(seed, count, longest=10, *, unpaired=False, companions=(), tokens=False):
+    """Pairs with a margin; where asked for, some with one completion, each with companions, with token columns."""
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, longest, (count, 3))
-    return [
-        Pair(ids(rng, p), ids(rng, c), ids(rng, r), index, {'margin': float(index) / 2})
-        for index, (p, c, r) in enumerate(sizes)
-    ]
+    pairs = []
+    for index, (prompt, chosen, rejected) in enumerate(rng.integers(1, longest, (count, 3))):
+        kind = rng.integers(3) if unpaired else 0
+        sides = {'chosen': ids(rng, chosen * (kind != 1)), 'rejected': ids(rng, rejected * (kind != 2))}
+        columns = {'margin': float(index) / 2}
+        if tokens:
+            columns |= {f'{side}_segment': rng.normal(size=a.size).astype(np.float32) for side, a in sides.items()}
+        others = {name: Sequence(*(ids(rng, size) for size in rng.integers(1, longest, 2))) for name in companions}
+        if 'corrupted' in others:
+            others['corrupted'] = dataclasses.replace(others['corrupted'], completion=sides['chosen'])
+        pairs.append(Pair(ids(rng, prompt), **sides, index=index, columns=columns, companions=others))
+    return pairs
 
 
 def visible(row, place):
@@ -39,14 +49,18 @@ def visible(row, place):
     return sorted(places, key=lambda other: row['positions'][other])
 
 
-def read_completion(row, slot, side):
-    """The prompt and completion of one slot as the attention sees them; asserts that every context is causal."""
-    weights = row[f'{side}_weights'][slot]
+def read_completion(row, places, slot, branch):
+    """The prompt, the completion and its places in S of one slot as the attention sees them; None where it has none.
+
+    Asserts that every context is causal.
+    """
+    weights, place = places.weights[slot], places.place[slot]
     count = int(weights.sum())
     assert weights[:count].tolist() == [1] * count and not weights[count:].any()
-    assert not row[side][slot][count:].any()
-    scored = row[side][slot][:count]
-    assert len(set(scored)) == count
+    assert not place[count:].any()
+    if not count:
+        return None
+    scored = place[:count]
     sources, targets = row['source'][scored], row['target'][scored]
     contexts = [visible(row, place) for place in sources]
     for context, source in zip(contexts, sources):
@@ -60,44 +74,86 @@ def read_completion(row, slot, side):
         assert longer[:-1] == shorter  # one copy of the prompt, the same for every token
     for done, context in enumerate(contexts):
         assert row['tokens'][context].tolist() == prompt + targets[:done].tolist()
-    branch = {'chosen': 1, 'rejected': 2}[side]
     assert row['branch'][contexts[0]].tolist() == [0] * len(prompt)
     assert {int(row['branch'][context[-1]]) for context in contexts[1:]} <= {branch}
-    return prompt, targets.tolist()
+    return prompt, targets.tolist(), scored.tolist()
+
+
+def read_slot(row, slot):
+    """One pair as `as_lists` has it."""
+    sides = {
+        'chosen': read_completion(row, row['chosen'], slot, 1),
+        'rejected': read_completion(row, row['rejected'], slot, 2),
+    }
+    there = [side for side in sides.values() if side]
+    assert there and there[0][0] == there[-1][0]
+    others = {name: read_completion(row, places, slot, 1) for name, places in row['companions'].items()}
+    found = [place for one in [*sides.values(), *others.values()] if one for place in one[2]]
+    assert len(set(found)) == len(found)  # no token is scored twice
+    for other in others.values():
+        if other:  # alone in its segment
+            segment = row['segment'][row['source'][other[2][0]]]
+            last_token = len(other[0]) + len(other[1])
+            assert (row['segment'] == segment).sum() == last_token
+    columns = {name: values[slot] for name, values in row['columns'].items()}
+    for name, side in (('chosen_segment', sides['chosen']), ('rejected_segment', sides['rejected'])):
+        if name in columns:
+            count = len(side[1]) if side else 0
+            assert not columns[name][count:].any()
+            columns[name] = columns[name][:count]
+    completions = [side[1] if side else [] for side in sides.values()]
+    others = {name: other[:2] if other else None for name, other in others.items()}
+    return there[0][0], *completions, {name: value.tolist() for name, value in columns.items()}, others
 
 
 def read_batch(batch):
     """Pairs of a batch by index, read slowly; asserts what types.Batch says of empty places."""
-    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    columns = arrays.pop('columns')
     found = {}
-    for micro, number in np.ndindex(*arrays['tokens'].shape[:2]):
-        row = {name: array[micro, number] for name, array in arrays.items()}
+    for micro, number in np.ndindex(*batch.tokens.shape[:2]):
+        one = jax.tree.map(operator.itemgetter((micro, number)), batch)
+        row = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
         padding = row['segment'] == 0
         for name in ('tokens', 'positions', 'branch'):
             assert not row[name][padding].any()
         for slot, weight in enumerate(row['pair_weight']):
             index = int(row['pair_index'][slot])
             if weight == 0:
-                assert index == -1 and not row['chosen'].weights[slot].any()
-                assert not row['rejected'].weights[slot].any()
+                places = [row['chosen'], row['rejected'], *row['companions'].values()]
+                assert index == -1 and not any(one.weights[slot].any() for one in places)
+                assert not any(values[slot].any() for values in row['columns'].values())
                 continue
             assert weight == 1 and index not in found
-            chosen, rejected = (read_completion(row, slot, side) for side in ('chosen', 'rejected'))
-            assert chosen[0] == rejected[0]
-            margin = float(columns['margin'][micro, number, slot])
-            found[index] = (chosen[0], chosen[1], rejected[1], margin)
+            found[index] = read_slot(row, slot)
     return found
 
 
 def as_lists(pairs):
+    def sequence(other):
+        return (other.prompt.tolist(), other.completion.tolist()) if other.completion.size else None
+
     return {
-        pair.index: (pair.prompt.tolist(), pair.chosen.tolist(), pair.rejected.tolist(), pair.columns['margin'])
+        pair.index: (
+            pair.prompt.tolist(),
+            pair.chosen.tolist(),
+            pair.rejected.tolist(),
+            {name: np.asarray(value).tolist() for name, value in pair.columns.items()},
+            {name: sequence(other) for name, other in pair.companions.items()},
+        )
         for pair in pairs
     }
 
 
-@settings(max_examples=25, deadline=None)
+EXTRAS = {'companions': ('mismatched', 'corrupted'), 'tokens': True, 'unpaired': True}
+
+
+def tokens_in_row(pair, layout):
+    sides = [side for side in (pair.chosen, pair.rejected) if side.size]
+    tokens = pair.prompt.size * (1 if layout == 'shared' else len(sides)) + sum(side.size for side in sides)
+    others = [other for other in pair.companions.values() if other.completion.size]
+    return tokens + sum(other.prompt.size + other.completion.size for other in others)
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(LAYOUTS),
     st.integers(0, 10**6),
@@ -105,10 +161,11 @@ def as_lists(pairs):
     st.sampled_from([(64,), (40, 64), (64, 50, 90)]),
     st.sampled_from([(4, 1), (4, 2), (8, 8), (1, 1)]),
     st.integers(1, 4),
+    st.fixed_dictionaries({}, optional={name: st.just(value) for name, value in EXTRAS.items()}),
 )
-def test_attention_sees_every_pair_whole(layout, seed, count, lengths, rows, pairs_per_row):
+def test_attention_sees_every_pair_whole(layout, seed, count, lengths, rows, pairs_per_row, extras):
     microbatch, row_multiple = rows
-    pairs = random_pairs(seed, count)
+    pairs = random_pairs(seed, count, 7 if 'companions' in extras else 10, **extras)
     settings_ = config.Rows(layout=layout, lengths=lengths, microbatch=microbatch, pairs_per_row=pairs_per_row)
     batch = fill_rows(pairs, settings_, row_multiple=row_multiple)
     assert read_batch(batch) == as_lists(pairs)
@@ -119,15 +176,16 @@ def test_attention_sees_every_pair_whole(layout, seed, count, lengths, rows, pai
     assert (batch.pair_weight.sum(-1) <= pairs_per_row).all()
     assert batch.chosen.weights.sum() == sum(pair.chosen.size for pair in pairs)
     assert batch.rejected.weights.sum() == sum(pair.rejected.size for pair in pairs)
-    tokens = sum((1 if layout == 'shared' else 2) * pair.prompt.size for pair in pairs)
-    tokens += sum(pair.chosen.size + pair.rejected.size for pair in pairs)
-    assert (batch.segment > 0).sum() == tokens
+    sizes = [tokens_in_row(pair, layout) for pair in pairs]
+    assert (batch.segment > 0).sum() == sum(sizes)
+    assert rows_module.row_tokens(rows_module.lengths_of(pairs), layout).tolist() == sizes
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_the_reader_notices_a_wrong_batch(layout):
-    pairs = random_pairs(1, 3)
+    pairs = random_pairs(1, 3, companions=EXTRAS['companions'], tokens=True)
     batch = fill_rows(pairs, config.Rows(layout=layout, lengths=(128,)))
+    mismatched, corrupted = batch.companions['mismatched'], batch.companions['corrupted']
 
     def broken(**changes):
         try:
@@ -143,24 +201,64 @@ def test_the_reader_notices_a_wrong_batch(layout):
     assert broken(segment=np.minimum(batch.segment, 1))
     assert broken(positions=batch.positions * 0 + np.arange(128))
     assert broken(pair_index=batch.pair_index[..., ::-1] + 1)
+    assert broken(companions={'mismatched': corrupted, 'corrupted': mismatched})
+    assert broken(companions={'mismatched': mismatched, 'corrupted': batch.chosen})
+    assert broken(companions={'mismatched': mismatched, 'corrupted': corrupted.replace(weights=mismatched.weights)})
+    for name, values in batch.columns.items():
+        assert broken(columns={**batch.columns, name: values * 0})
+        assert broken(columns={**batch.columns, name: values + 1})
+    for name in ('chosen_segment', 'rejected_segment'):
+        assert broken(columns={**batch.columns, name: np.roll(batch.columns[name], 1, axis=-1)})
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_reader_notices_a_completion_that_is_not_there(layout):
+    pairs = random_pairs(3, 4, unpaired=True)
+    batch = fill_rows(pairs, config.Rows(layout=layout, lengths=(128,)))
+    whole = fill_rows(random_pairs(3, 4), config.Rows(layout=layout, lengths=(128,)))
+    assert read_batch(batch) == as_lists(pairs) and read_batch(whole) != as_lists(pairs)
+    swapped = [dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    assert read_batch(batch) != as_lists(swapped)
+
+
+def test_a_companion_has_a_segment_of_its_own_in_every_layout():
+    for layout in LAYOUTS:
+        pair = random_pairs(1, 1, companions=('corrupted',))[0]
+        batch = fill_rows([pair], config.Rows(layout=layout, lengths=(128,)))
+        assert batch.segment.max() == (2 if layout == 'shared' else 3)
+        corrupted = pair.companions['corrupted']
+        assert (batch.segment == batch.segment.max()).sum() == corrupted.prompt.size + corrupted.completion.size
+
+
+def test_pairs_of_one_batch_have_the_same_columns_and_companions():
+    first, second = random_pairs(1, 2)
+    settings_ = config.Rows(lengths=(64,))
+    with pytest.raises(InputError, match=r"Pair 1 has the columns \['weight'\], but pair 0 has \['margin'\]"):
+        fill_rows([first, dataclasses.replace(second, columns={'weight': 1.0})], settings_)
+    other = dataclasses.replace(second, companions={'corrupted': Sequence(second.prompt, second.chosen)})
+    with pytest.raises(InputError, match='Pair 1 has the companions'):
+        fill_rows([first, other], settings_)
 
 
 def test_dtypes_and_shapes():
-    pairs = random_pairs(2, 7)
-    batch = fill_rows(pairs, config.Rows(layout='packed', lengths=(64,), microbatch=2, pairs_per_row=3))
-    shape, _ = plan_rows(
-        rows_module.lengths_of(pairs), config.Rows(layout='packed', lengths=(64,), microbatch=2, pairs_per_row=3)
-    )
+    pairs = random_pairs(2, 7, 6, companions=('mismatched',), tokens=True)
+    settings_ = config.Rows(layout='packed', lengths=(64,), microbatch=2, pairs_per_row=3)
+    batch = fill_rows(pairs, settings_)
+    shape, _ = plan_rows(rows_module.lengths_of(pairs), settings_)
     lead = (shape.microbatches, shape.rows)
+    completions = (*lead, 3, shape.tokens)
     assert batch.tokens.shape == (*lead, 64) and batch.source.shape == (*lead, shape.scored)
-    assert batch.chosen.place.shape == batch.rejected.weights.shape == (*lead, 3, shape.tokens)
-    assert batch.pair_weight.shape == batch.columns['margin'].shape == (*lead, 3)
-    floats = ('chosen_weights', 'rejected_weights', 'pair_weight')
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if field.name != 'columns':
-            assert value.dtype == (np.float32 if field.name in floats else np.int32), field.name
-    assert batch.columns['margin'].dtype == np.float32
+    assert set(batch.companions) == {'mismatched'}
+    for places in (batch.chosen, batch.rejected, batch.companions['mismatched']):
+        assert places.place.shape == places.weights.shape == completions
+        assert places.place.dtype == np.int32 and places.weights.dtype == np.float32
+    assert batch.pair_weight.shape == batch.pair_index.shape == (*lead, 3)
+    assert {name: values.shape for name, values in batch.columns.items()} == {
+        'margin': (*lead, 3), 'chosen_segment': completions, 'rejected_segment': completions
+    }  # fmt: skip
+    assert all(values.dtype == np.float32 for values in (batch.pair_weight, *batch.columns.values()))
+    for name in ('tokens', 'positions', 'segment', 'branch', 'source', 'target', 'pair_index'):
+        assert getattr(batch, name).dtype == np.int32
 
 
 def test_shared_prompts_take_less_room():
@@ -208,25 +306,26 @@ def test_row_counts_are_few():
 
 
 def test_filling_is_deterministic_and_the_plan_is_what_is_filled():
-    pairs = random_pairs(4, 30)
-    settings_ = config.Rows(layout='shared', lengths=(32, 64), microbatch=4, pairs_per_row=3)
+    pairs = random_pairs(4, 30, 6, **EXTRAS)
+    settings_ = config.Rows(layout='shared', lengths=(48, 64), microbatch=4, pairs_per_row=3)
     first, second = (fill_rows(pairs, settings_, row_multiple=2) for _ in range(2))
-    for name in ('tokens', 'source', 'chosen', 'pair_index'):
-        assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), first, second)))
     batches = [np.arange(0, 10), np.arange(10, 30), np.arange(10, 30)]
     shapes = run_shapes(rows_module.lengths_of(pairs), batches, settings_, row_multiple=2)
     assert sum(shapes.values()) == 3
     for batch in batches:
         filled = fill_rows([pairs[place] for place in batch], settings_, row_multiple=2)
-        shape = (*filled.tokens.shape, filled.source.shape[-1], filled.chosen.shape[-2])
+        shape = (*filled.tokens.shape, filled.source.shape[-1], filled.chosen.place.shape[-2])
         assert shape in shapes
 
 
-def test_a_pair_fits_exactly_or_not():
-    pair = random_pairs(5, 1)[0]
-    for layout in LAYOUTS:
-        need = (1 if layout == 'shared' else 2) * pair.prompt.size + pair.chosen.size + pair.rejected.size
-        assert not unfit(pair, config.Rows(layout=layout, lengths=(1, need)))
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('extras', [{}, EXTRAS], ids=['plain', 'extras'])
+def test_a_pair_fits_exactly_or_not(layout, extras):
+    for pair in random_pairs(5, 6, **extras):
+        need = tokens_in_row(pair, layout)
+        exact = config.Rows(layout=layout, lengths=(1, need))
+        assert not unfit(pair, exact) and fill_rows([pair], exact).tokens.shape[-1] == need
         assert unfit(pair, config.Rows(layout=layout, lengths=(need - 1, 1)))
         with pytest.raises(InputError, match='longest row'):
             fill_rows([pair], config.Rows(layout=layout, lengths=(need - 1,)))
