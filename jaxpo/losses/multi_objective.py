@@ -58,36 +58,36 @@ def _modpo_reward(completion, beta, preference_weight, margin):
 
 @loss('Lou et al. 2024, arXiv:2405.12739', needs=Needs(models=('earlier',)))
 def spo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, multiplier: float = 0.5):
-    """Sequential preference optimisation: round n learns a new objective and keeps those of earlier rounds.
+    """Sequential preference optimisation: a round learns a new objective and keeps those of earlier rounds.
 
-    -log sigmoid(reward(chosen) - reward(rejected)), reward = beta * (log_ratio - multiplier * sum over rounds i < n of
-    (log pi_i - log pi_(i-1))), summed over the completion; log_ratio is against the reference pi_(n-1).
+    -log sigmoid(reward(chosen) - reward(rejected)), reward = beta * (log_ratio - multiplier * (log pi_ref -
+    log pi_earlier)), log-ratios summed over the completion; the reference is the last round's policy.
 
-    beta > 0 is the strength of the KL penalty, multiplier >= 0 (the paper's lambda, a Lagrange multiplier, here one for
-    all rounds) the weight of earlier objectives; 0 is DPO. The reference is the last round's policy, pi_(n-1); the role
-    `earlier` holds those before it: `earlier` alone (pi_0) in round 2, and `earlier_0`, `earlier_1` and so on, in
-    the order of rounds, in later rounds.
+    beta > 0 is the strength of the KL penalty, multiplier >= 0 (the paper's lambda, a Lagrange multiplier) the weight
+    of earlier objectives; 0 is DPO. In round n the reference is pi_(n-1); the frozen model in the role `earlier` is the
+    policy before the first round to be protected: pi_0 protects all of them. One model is enough: with one multiplier
+    the gains of rounds 1 to n-1, log pi_i - log pi_(i-1), add up to log pi_(n-1) - log pi_0.
 
     Unverified: the paper's coefficients were not seen (0.1 and 0.5 are ours), and the form with more than two rounds is
-    derived from its Lagrangian.
+    derived from its Lagrangian, which has a multiplier for each round.
     """
     return links.bradley_terry(beta, *(_sequential_score(side, multiplier) for side in (chosen, rejected)))
 
 
 def _sequential_score(completion, multiplier):
     (reference_logps,) = completion.reference_logps
-    rounds = [*_earlier_rounds(completion), reference_logps]
-    protected = sum(_log_ratio_between(completion, newer, older) for older, newer in zip(rounds, rounds[1:]))
+    protected = _log_ratio_between(completion, reference_logps, _earlier(completion))
     return scores.log_ratio(completion) - multiplier * protected
 
 
-def _earlier_rounds(completion):
-    """Token log-probabilities under the models in the role `earlier`, in the order of their rounds."""
-    names = [name for name in completion.model_logps if name == 'earlier' or name.startswith('earlier_')]
-    if not names:
-        raise InputError('spo needs a model in the role `earlier`: the policy before the reference.')
-    # By length first, so that earlier_10 comes behind earlier_9 and not behind earlier_1.
-    return [completion.model_logps[name] for name in sorted(names, key=lambda name: (len(name), name))]
+def _earlier(completion):
+    """Token log-probabilities under the one model in the role `earlier`."""
+    held = {name: logps for name, logps in completion.model_logps.items() if name.startswith('earlier')}
+    if len(held) != 1:
+        names = ', '.join(held) or 'none'
+        raise InputError(f"spo reads one model in the role `earlier`, the first round's: there are {names}.")
+    (logps,) = held.values()
+    return logps
 
 
 @loss('Li et al. 2025, arXiv:2502.14354')

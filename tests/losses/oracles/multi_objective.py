@@ -15,13 +15,13 @@ def modpo(chosen, rejected, beta=0.1, preference_weight=0.5, margin='column'):
 
 
 def spo(chosen, rejected, beta=0.1, multiplier=0.5):
-    names = sorted(chosen.models, key=lambda name: int(name.removeprefix('earlier').removeprefix('_') or 0))
+    """Models in the order of rounds: earlier ones, the reference (the last round), the policy (this round)."""
 
     def summed(side):
-        return [*(side.sum(side.models[name]) for name in names), side.reference_logp, side.logp]
+        return [*(side.sum(side.models[name]) for name in sorted(side.models)), side.reference_logp, side.logp]
 
     gains = np.diff(summed(chosen)) - np.diff(summed(rejected))  # one for each round
-    return softplus(-(beta * gains[-1] - multiplier * beta * gains[:-1].sum()))
+    return softplus(-(beta * gains[-1] - sum(multiplier * beta * gain for gain in gains[:-1])))
 
 
 def sipo(chosen, rejected, beta=0.1, nll_weight=0.1):
