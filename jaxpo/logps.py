@@ -21,7 +21,7 @@ from jaxpo.types import TokenStatistics
 SLAB = 4096  # vocabulary entries at a time
 ROW_AXES = ('data', 'fsdp')
 DIVERGENCES = ('forward_kl', 'reverse_kl')
-STATISTICS = (*DIVERGENCES, 'entropy', 'log_sum_squares')
+STATISTICS = (*DIVERGENCES, 'entropy', 'log_sum_squares', 'mean_logit')
 
 _ROWS, _MODEL = P(ROW_AXES), (P(ROW_AXES), P(None, 'fsdp'))  # how rows, and a (hidden, head), lie on a mesh
 
@@ -155,7 +155,8 @@ def _walk_forward(plan, model, reference, targets):
     sums = _over_slabs(visit, _no_sums(plan, targets.shape[0]), model[1].shape[0], plan.slab)
     normalisers = [_normaliser(sums[name]) for name in ('model', 'reference') if name in sums]
     values = {'logps': sums['target'] - normalisers[0]}
-    values |= {name: _VALUES[name](sums['model'], sums.get('reference')) for name in plan.statistics}
+    for name in plan.statistics:
+        values[name] = _VALUES[name](sums['model'], sums.get('reference'), model[1].shape[0])
     return jax.tree.map(lambda array: array.reshape(shape), (values, normalisers))
 
 
@@ -164,7 +165,7 @@ def _no_sums(plan, tokens):
     zero = jnp.zeros(tokens, jnp.float32)
     # Finite: a difference from it times a sum of nothing must be 0.
     nothing = {'largest': jnp.full(tokens, jnp.finfo(jnp.float32).min / 2), 'total': zero}
-    needed = {'entropy': 'relative', 'log_sum_squares': 'squares', 'reverse_kl': 'gap'}
+    needed = {'entropy': 'relative', 'log_sum_squares': 'squares', 'mean_logit': 'logits', 'reverse_kl': 'gap'}
     sums = {'target': zero, 'model': nothing | {needed[name]: zero for name in plan.statistics if name in needed}}
     if 'forward_kl' in plan.statistics:
         sums['reference'] = nothing | {'gap': zero}
@@ -176,8 +177,8 @@ def _no_sums(plan, tokens):
 def _grown(sums, logits, gap):
     """One model's sums over the vocabulary, relative to its largest logit so far, with a slab added.
 
-    total: of e = exp(logit - largest). relative: of e * (logit - largest). squares: of e**2. gap: of e * gap, where
-    gap is the logit minus that of the other model.
+    total: of e = exp(logit - largest). relative: of e * (logit - largest). squares: of e**2. logits: of logits. gap: of
+    e * gap, where gap is the logit minus that of the other model.
     """
     largest = jnp.maximum(sums['largest'], logits.max(axis=1))
     fall = sums['largest'] - largest
@@ -190,6 +191,8 @@ def _grown(sums, logits, gap):
         grown['relative'] = moved + (shares * relative).sum(axis=1)
     if 'squares' in sums:
         grown['squares'] = sums['squares'] * scale**2 + (shares**2).sum(axis=1)
+    if 'logits' in sums:
+        grown['logits'] = sums['logits'] + logits.sum(axis=1)
     if 'gap' in sums:
         grown['gap'] = sums['gap'] * scale + (shares * gap).sum(axis=1)
     return grown
@@ -205,20 +208,23 @@ def _divergence(sums, other):
     return jnp.maximum(sums['gap'] / sums['total'] + shift, 0.0)
 
 
-# A statistic by the sums of the model and of the reference.
+# A statistic by the sums of the model and of the reference, and by the size of the vocabulary.
 _VALUES = {
-    'forward_kl': lambda model, reference: _divergence(reference, model),
-    'reverse_kl': lambda model, reference: _divergence(model, reference),
-    'entropy': lambda model, _: jnp.log(model['total']) - model['relative'] / model['total'],
-    'log_sum_squares': lambda model, _: jnp.minimum(jnp.log(model['squares']) - 2.0 * jnp.log(model['total']), 0.0),
+    'forward_kl': lambda model, reference, _: _divergence(reference, model),
+    'reverse_kl': lambda model, reference, _: _divergence(model, reference),
+    'entropy': lambda model, *_: jnp.log(model['total']) - model['relative'] / model['total'],
+    'log_sum_squares': lambda model, *_: jnp.minimum(jnp.log(model['squares']) - 2.0 * jnp.log(model['total']), 0.0),
+    'mean_logit': lambda model, _, vocabulary: model['logits'] / vocabulary,
 }
-# Its derivative by the logits of a slab, by its value [tokens, 1] and the log-probabilities [tokens, slab] under the
-# model and the reference. They are differences of finite numbers: a probability that underflows to 0 meets no -inf.
+# Its derivative by the logits of a slab, by its value [tokens, 1], the log-probabilities [tokens, slab] under the
+# model and the reference, and the size of the vocabulary. The logarithms are differences of finite numbers, so that a
+# probability that underflows to 0 meets no -inf.
 _BY_LOGITS = {
-    'forward_kl': lambda value, log_p, log_q: jnp.exp(log_p) - jnp.exp(log_q),
-    'reverse_kl': lambda value, log_p, log_q: jnp.exp(log_p) * (log_p - log_q - value),
-    'entropy': lambda value, log_p, _: -jnp.exp(log_p) * (log_p + value),
-    'log_sum_squares': lambda value, log_p, _: 2.0 * (jnp.exp(2.0 * log_p - value) - jnp.exp(log_p)),
+    'forward_kl': lambda value, log_p, log_q, _: jnp.exp(log_p) - jnp.exp(log_q),
+    'reverse_kl': lambda value, log_p, log_q, _: jnp.exp(log_p) * (log_p - log_q - value),
+    'entropy': lambda value, log_p, *_: -jnp.exp(log_p) * (log_p + value),
+    'log_sum_squares': lambda value, log_p, *_: 2.0 * (jnp.exp(2.0 * log_p - value) - jnp.exp(log_p)),
+    'mean_logit': lambda value, log_p, _, vocabulary: jnp.full_like(log_p, 1.0 / vocabulary),
 }
 
 
@@ -238,7 +244,7 @@ def _walk_backward(plan, model, reference, targets, values, normalisers, cotange
         chosen = here[:, None] & (place[:, None] == jnp.arange(size)[None, :])
         by_logits = cotangents['logps'] * (chosen - jnp.exp(log_p))
         for name in plan.statistics:
-            by_logits += cotangents[name] * _BY_LOGITS[name](values[name], log_p, log_q)
+            by_logits += cotangents[name] * _BY_LOGITS[name](values[name], log_p, log_q, head.shape[0])
         # Cast before the products: they then run in the compute dtype, with float32 accumulation.
         by_logits = (by_logits * slope).astype(dtype)
         hidden_gradient += _matmul(by_logits, part, ((1,), (0,)))

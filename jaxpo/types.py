@@ -78,6 +78,7 @@ class TokenStatistics:
     reverse_kl: jax.Array | None = None  # KL(policy || reference)
     entropy: jax.Array | None = None  # of this model's distribution
     log_sum_squares: jax.Array | None = None  # log of the sum over the vocabulary of squared probabilities
+    mean_logit: jax.Array | None = None  # over the vocabulary; a logit, not nats
 
 
 @flax.struct.dataclass
