@@ -47,8 +47,8 @@ def robust_dpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, l
     DPO's margin z = beta * (log_ratio(chosen) - log_ratio(rejected)).
 
     beta > 0 is DPO's. label_smoothing in [0, 0.5) is the probability that a label is wrong; at 0.5 a label says nothing
-    and the loss has no value. Where it is above 0 the loss falls without bound as z grows, below 0 too. Both defaults
-    are the settings reported of the paper's experiments.
+    and the loss has no value. Where it is above 0 the loss falls without bound as z grows, below 0 too. Public
+    code reports both defaults as the paper's.
 
     Unverified: defaults and formula are as public code gives them; the paper itself was not at hand.
     """

@@ -69,7 +69,7 @@ def cpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, nll_weig
     Differs: public code averages the second term over the chosen tokens of the whole batch: that is `nll_weight=0`
     here, beside the term `sft`. The paper writes the log-probability of the whole completion, as here.
 
-    Unverified: the paper's second term is from memory.
+    Unverified: the paper's equation is taken from others who quote it.
     """
     rewards = scores.rewards(scores.logp, chosen, rejected, beta)
     return links.logistic(rewards.chosen - rewards.rejected) - nll_weight * scores.logp(chosen), rewards
