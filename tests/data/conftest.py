@@ -1,5 +1,6 @@
 """Small real tokenizers, one for each convention in use, trained here in milliseconds."""
 
+import copy
 import pathlib
 
 import pytest
@@ -43,6 +44,14 @@ def chatml():
     """Byte-level, no BOS, padding and EOS are the end of a turn; the template writes a newline behind it."""
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
     return byte_level(special, CHATML, eos_token='<|im_end|>', pad_token='<|im_end|>')
+
+
+@pytest.fixture
+def trims_offsets(chatml):
+    """As above, with offsets that leave a token's leading space out, as in many published files."""
+    chatml = copy.deepcopy(chatml)
+    chatml.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return chatml
 
 
 @pytest.fixture

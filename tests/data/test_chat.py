@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxpo.data.chat import adds_bos, check_template, check_tokenizer, prompt_ids, tokenize
 from jaxpo.data.sources import example_of, read_rows
@@ -222,6 +224,83 @@ def test_a_real_sentencepiece_tokenizer(stories):
     assert chosen[-1] == rejected[-1] == 2 and 2 not in chosen[:-1] and 1 not in chosen
     assert [*prompt, *chosen[:-1]] == stories.encode('Once upon a time there was')
     assert [*prompt, *rejected[:-1]] == stories.encode('Once upon a time, a dog')
+
+
+def aligned(tokenizer, prompt, completion, limit=100):
+    """Ids of a completion and its alignment."""
+    row = {'prompt': prompt, 'completion': completion, 'label': False}
+    result = tokenize(example_of(row), tokenizer, 100, limit, align=True)
+    assert not result.chosen.size and set(result.alignments) == {'rejected'}
+    return result.rejected.tolist(), result.alignments['rejected']
+
+
+def expected_characters(tokenizer, ids, written, own_start, own):
+    """Found by counting the bytes of byte-level tokens from the end of `written`, which the ids but EOS spell."""
+    controls = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    data, places = written.encode(), []
+    end = len(data)
+    for token in reversed(tokenizer.convert_ids_to_tokens(ids)):
+        start = end - (len(token.encode()) if token in controls else len(token))
+        first = len(data[:start].decode(errors='ignore'))  # a token may begin or end within a character
+        last = len(written) - len(data[end:].decode(errors='ignore'))
+        spaces = [character.isspace() for character in written[first:last]]
+        place = first + (spaces.index(False) if False in spaces else 0) - own_start
+        places.append(-1 if place < 0 else place if place < len(own) else len(own.rstrip()) - 1)
+        end = start
+    return places[::-1]
+
+
+WORDS = st.lists(st.sampled_from(['the fox', ' lazy', 'ick', ' ', '\n\n', 'é', '漢字', '😀', '.', '42']), min_size=1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WORDS.map(''.join).filter(str.strip), st.sampled_from(['the fox', 'the fox is ', [USER]]))
+def test_tokens_know_their_characters(chatml, trims_offsets, smollm2, text, prompt):
+    for tokenizer in (chatml, trims_offsets, smollm2):
+        ids, alignment = aligned(tokenizer, prompt, text, 1000)
+        assert alignment.text == text and alignment.tokens == len(ids) == len(alignment.characters)
+        written = text + tokenizer.eos_token
+        assert alignment.characters.tolist() == expected_characters(tokenizer, ids, written, 0, text)
+
+
+def test_sentencepiece_tokens_know_their_characters(llama2, stories):
+    for tokenizer in (llama2, stories):
+        for prompt in ('the fox', 'the fox ', 'the\n'):
+            ids, alignment = aligned(tokenizer, prompt, ' lazy the dog')
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            for piece, place in zip(pieces[:-1], alignment.characters):
+                if piece != '▁':
+                    assert ' lazy the dog'[place:].startswith(piece.strip('▁')), (piece, place)
+            places = alignment.characters.tolist()
+            assert places[-1] == len(' lazy the dog') - 1 and places == sorted(places)
+
+
+def test_what_the_template_adds_and_trims_is_known(llama3, chatml):
+    # trimmed contents keep their own places; the end of the turn is at the last character there is
+    ids, alignment = aligned(llama3, [USER], '  no \n')
+    assert llama3.convert_ids_to_tokens(ids) == ['no', '<|eot|>'] and alignment.characters.tolist() == [2, 3]
+    chatml.chat_template = chatml.chat_template.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}[a]{% endif %}{{ m['content'] }}\n\n"
+    )
+    ids, alignment = aligned(chatml, [USER], '  no')
+    assert chatml.decode(ids) == '[a]  no\n\n<|im_end|>'
+    assert alignment.characters.tolist() == expected_characters(chatml, ids, '[a]  no\n\n<|im_end|>', 3, '  no')
+    assert alignment.characters.tolist()[:3] == [-1, -1, -1] and alignment.characters[-1] == 3
+    # a template that changes the text leaves no alignment, but its tokens can be counted
+    chatml.chat_template = chatml.chat_template.replace("m['content'] }}\n\n", "m['content'].replace('fox', 'dog') }}")
+    ids, alignment = aligned(chatml, [USER], 'the fox')
+    assert '[a]the dog' in chatml.decode(ids)
+    assert alignment.characters is None and alignment.tokens == len(ids)
+
+
+def test_an_alignment_is_of_the_whole_completion_and_only_where_asked_for(chatml):
+    whole, alignment = aligned(chatml, [USER], 'the quick brown fox')
+    cut, same = aligned(chatml, [USER], 'the quick brown fox', limit=3)
+    assert cut == whole[:3] and same.tokens == len(whole)
+    assert same.characters.tolist() == alignment.characters.tolist()
+    result = tokenized(chatml, [USER], 'no', 'yes')
+    assert {side: one.characters for side, one in result.alignments.items()} == {'chosen': None, 'rejected': None}
+    assert result.alignments['chosen'].tokens == result.chosen.size
 
 
 def test_token_counts_of_smollm2_are_those_of_the_golden_file(smollm2, shared_data):
