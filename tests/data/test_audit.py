@@ -1,3 +1,4 @@
+import collections
 import json
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 
 from jaxpo import config
 from jaxpo.data.audit import NOTES, REJECTIONS, audit, table, write_report
+from jaxpo.data.columns import Wanted
 from jaxpo.data.sources import read_rows
 from jaxpo.errors import InputError
 
@@ -22,6 +24,10 @@ def assistant(content):
 
 def pair(prompt, chosen='yes', rejected='no', **extra):
     return {'prompt': user(prompt), 'chosen': chosen, 'rejected': rejected, **extra}
+
+
+def unpaired(prompt, completion, label):
+    return {'prompt': user(prompt), 'completion': completion, 'label': label}
 
 
 def write(path, rows):
@@ -150,21 +156,81 @@ def test_what_held_out_rows_share_with_training_is_named(tmp_path, chatml):
 
 def test_rows_equal_but_for_an_extra_column_are_not_duplicates(tmp_path, chatml):
     rows = write(tmp_path / 'a.jsonl', [pair('x', margin=1), pair('x', margin=2), pair('x', margin=2)])
-    data = config.Data(columns=('margin',), max_drop_rate=1.0)
-    pairs, report = audit(rows, chatml, data, ROWS)
+    pairs, report = audit(rows, chatml, LENIENT, ROWS, wanted=Wanted(numbers=('margin',)))
     assert [pair.columns for pair in pairs] == [{'margin': 1.0}, {'margin': 2.0}]
     assert counts(report, 'rejected') == {'duplicate': 1}
     _, report = audit(rows, chatml, LENIENT, ROWS)
     assert counts(report, 'rejected') == {'duplicate': 2}
 
 
-def test_a_bad_extra_column_names_its_row(tmp_path, chatml):
-    data = config.Data(columns=('margin',))
-    rows = write(tmp_path / 'a.jsonl', [pair('x', margin=1), pair('y', margin=None)])
-    with pytest.raises(InputError, match="a.jsonl:2: column 'margin' must be a finite number, not None"):
-        audit(rows, chatml, data, ROWS)
-    with pytest.raises(InputError, match="no column 'margin'"):
-        audit(write(tmp_path / 'b.jsonl', [pair('x')]), chatml, data, ROWS)
+def test_unpaired_rows_have_one_completion(tmp_path, chatml):
+    rows = write(
+        tmp_path / 'a.jsonl',
+        [
+            unpaired('x', 'yes', True),
+            unpaired('x', [assistant('no')], False),
+            pair('y', 'a', 'b'),
+            {'prompt': 'the fox', 'completion': ' jumps', 'label': False},
+        ],
+    )
+    pairs, report = audit(rows, chatml, LENIENT, ROWS, wanted=Wanted(unpaired=True))
+    texts = [(chatml.decode(pair.chosen), chatml.decode(pair.rejected)) for pair in pairs]
+    end = '<|im_end|>'
+    assert texts == [('yes' + end, ''), ('', 'no' + end), ('a' + end, 'b' + end), ('', ' jumps' + end)]
+    assert all(side.dtype == np.int32 for pair in pairs for side in (pair.prompt, pair.chosen, pair.rejected))
+    assert pairs[0].prompt.tolist() == pairs[1].prompt.tolist()
+    assert report['unpaired'] == {'chosen': 1, 'rejected': 2}
+    assert report['tokens']['chosen']['min'] == 2 and report['tokens']['rejected']['min'] == 2
+    assert (report['chosen_longer_rate'], report['equal_length_rate']) == (0.0, 1.0)  # of the one pair
+
+
+def test_unpaired_rows_are_audited_like_pairs(tmp_path, chatml):
+    long = 'a' + ' the answer' * 20
+    cases = [
+        (unpaired('x', 'yes', True), None),
+        (unpaired('x', 'yes', True), 'duplicate'),
+        (unpaired('x', 'yes', False), None),  # a contradiction
+        (unpaired('x', '', True), 'empty completion'),
+        (unpaired('x', None, True), 'empty completion'),
+        (unpaired('x', 'yes', None), 'label is not true or false'),
+        (unpaired('x', 'yes', 1), 'label is not true or false'),
+        (unpaired('x', [assistant('a'), *user('b')], True), 'completion is not one assistant turn'),
+        ({'prompt': 'x', 'completion': [assistant('a')], 'label': True}, 'wrong shape'),
+        ({'completion': [assistant('a')], 'label': True}, 'empty prompt'),
+        (unpaired('x', 'a<|im_end|>b', True), 'end token inside completion'),
+        (unpaired('y', long, True), None),
+        ({**pair('z', None, None), 'completion': 'yes', 'label': True}, None),  # columnar files fill up
+        ({**pair('z', 'a', 'b'), 'completion': None, 'label': None}, None),
+        ({**pair('z', None, 'b'), 'completion': 'yes', 'label': True}, 'empty chosen'),
+    ]
+    rows = write(tmp_path / 'a.jsonl', [row for row, _ in cases])
+    pairs, report = audit(rows, chatml, LENIENT, ROWS, wanted=Wanted(unpaired=True))
+    expected = collections.Counter(reason for _, reason in cases if reason)
+    assert counts(report, 'rejected') == expected and len(pairs) == len(cases) - expected.total()
+    assert report['noted']['contradiction']['rows'] == [f'{tmp_path}/a.jsonl:3']
+    assert report['noted']['completion cut']['rows'] == [f'{tmp_path}/a.jsonl:12']
+    assert report['noted']['duplicate prompt']['count'] == 2
+
+
+def test_losses_that_need_pairs_refuse_unpaired_rows(tmp_path, chatml):
+    rows = write(tmp_path / 'a.jsonl', [pair('x'), unpaired('y', 'yes', True)])
+    pairs, report = audit(rows, chatml, LENIENT, ROWS)
+    assert len(pairs) == 1
+    assert report['rejected']['unpaired, but the losses need pairs']['rows'] == [f'{tmp_path}/a.jsonl:2']
+    rows = write(tmp_path / 'b.jsonl', [unpaired('x', 'yes', True), unpaired('y', 'yes', True)])
+    with pytest.raises(InputError, match='b.jsonl:1: all rows are unpaired .*the losses of the objective need pairs'):
+        audit(rows, chatml, LENIENT, ROWS)
+
+
+def test_an_unpaired_row_takes_one_prompt_of_its_row(tmp_path, chatml):
+    rows = write(tmp_path / 'a.jsonl', [unpaired('x', 'the quick brown fox', True)])
+    pairs, _ = audit(rows, chatml, LENIENT, ROWS, wanted=Wanted(unpaired=True))
+    need = pairs[0].prompt.size + pairs[0].chosen.size
+    for layout in ('packed', 'shared'):
+        fitting, tight = (config.Rows(layout=layout, lengths=(length,)) for length in (need, need - 1))
+        assert len(audit(rows, chatml, LENIENT, fitting, wanted=Wanted(unpaired=True))[0]) == 1
+        with pytest.raises(InputError, match='longer than a row'):
+            audit(rows, chatml, LENIENT, tight, wanted=Wanted(unpaired=True))
 
 
 def test_policies(tmp_path, chatml):
