@@ -6,6 +6,7 @@ from jaxpo.losses import conditional as conditional
 from jaxpo.losses import known_priors as known_priors
 from jaxpo.losses import margins as margins
 from jaxpo.losses import masks as masks
+from jaxpo.losses import moments as moments
 from jaxpo.losses import multi_objective as multi_objective
 from jaxpo.losses import pairwise as pairwise
 from jaxpo.losses import priors as priors

@@ -33,6 +33,9 @@ def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.
         _completion(random, LENGTHS['chosen'], needs, margins, dtype),
         _completion(random, LENGTHS['rejected'], dataclasses.replace(needs, companions=()), margins, dtype),
     ]
+    # Likelier under the policy than under the reference: kto's baseline is stopped at 0 where it is not.
+    for name, other in sides[0].companions.items():
+        sides[0].companions[name] = other.replace(policy_logps=other.policy_logps / 4)
     # A completion column is higher for the chosen side, as a score is; odpo has no loss where it is not.
     for name in needs.completion_columns:
         sides[0].columns[name] = sides[1].columns[name] + jnp.asarray(random.uniform(0.2, 0.5, PAIRS), dtype)

@@ -140,7 +140,8 @@ def test_padding_has_no_say(double, name):
                 return values
             return jnp.where(side.weights.reshape((1,) * (values.ndim - 2) + side.weights.shape) > 0, values, -3e2)
 
-        return jax.tree.map(noise, side).replace(weights=side.weights)
+        others = {key: noisy(other) for key, other in side.companions.items()}
+        return jax.tree.map(noise, side.replace(companions={})).replace(weights=side.weights, companions=others)
 
     clean = total(name, {}, sample)(sample.chosen, sample.rejected)
     sides = [noisy(side) for side in (sample.chosen, sample.rejected)]
@@ -164,8 +165,14 @@ def test_reads_the_reference_exactly_if_it_says_so(double, name):
 def test_couples_the_batch_exactly_if_it_says_so(double, name):
     sample = contract.example(losses.find(name), {})
     scalar = total(name, {}, sample, jnp.eye(PAIRS)[1])
-    moved = [s.replace(policy_logps=s.policy_logps.at[2].add(-4.0)) for s in (sample.chosen, sample.rejected)]
-    touched = scalar(*moved) != scalar(sample.chosen, sample.rejected)
+
+    def moved(side, shift):
+        others = {key: moved(other, shift) for key, other in side.companions.items()}
+        return side.replace(policy_logps=side.policy_logps.at[2].add(shift), companions=others)
+
+    # One side alone, both ways: a mean of margins does not move with both sides, nor every rank one way.
+    before = scalar(sample.chosen, sample.rejected)
+    touched = any(scalar(moved(sample.chosen, shift), sample.rejected) != before for shift in (-4.0, 4.0))
     gradients = jax.grad(scalar, argnums=(0, 1))(sample.chosen, sample.rejected)
     touched |= any(np.abs(g.policy_logps[jnp.array([0, 2, 3])]).sum() > 0 for g in gradients)
     assert touched == losses.find(name).couples_batch
