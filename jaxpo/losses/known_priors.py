@@ -1,4 +1,8 @@
-"""The priors that recover known methods. `priors` says what a prior is; `n` is the tokens of a completion."""
+"""The priors that recover known methods; `priors` says what a prior is.
+
+In their formulas `log_pi`, `log_ref`, `forward_kl` (of reference and policy) and `reverse_kl` are a token's, and `n` is
+the number of the completion's tokens.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +27,8 @@ def _length(completion: Completion) -> jax.Array:
     return scores.length(completion)[:, None]
 
 
-@prior('dpo', normalised=True)
 @prior('DICE', name='dice', summary='The previous iterate, frozen, as the reference.', normalised=True)
+@prior('dpo', normalised=True)
 def dpo(completion: Completion, preferred_to: Completion | None, alpha):
     """The reference.
 
@@ -37,7 +41,7 @@ def dpo(completion: Completion, preferred_to: Completion | None, alpha):
 
 @prior('cpo', outside=('nll_weight',))
 def uniform(completion: Completion, preferred_to: Completion | None, alpha):
-    """Uniform over completions: a distribution where they are finitely many.
+    """Uniform over completions, finitely many of which could be normalised.
 
     0
 
@@ -76,7 +80,7 @@ def r_dpo(completion: Completion, preferred_to: Completion | None, alpha, *, len
 
 @prior('ln_dpo', depends_on_policy=True)
 def ln_dpo(completion: Completion, preferred_to: Completion | None, alpha):
-    """A geometric mixture of policy and reference, the reference's share 1 / n for n tokens.
+    """Geometric combination of policy and reference, the reference's share 1 / n for n tokens.
 
     log_pi - (log_pi - log_ref) / n
     """
@@ -104,7 +108,7 @@ def simpo(completion: Completion, preferred_to: Completion | None, alpha, *, gam
 def tdpo1(completion: Completion, preferred_to: Completion | None, alpha):
     """The reference, less where it and the policy part.
 
-    log_ref - KL(ref || pi)
+    log_ref - forward_kl
     """
     return _reference(completion) - completion.forward_kl
 
@@ -120,7 +124,7 @@ def tdpo1(completion: Completion, preferred_to: Completion | None, alpha):
 def tdpo2(completion: Completion, preferred_to: Completion | None, alpha, *, divergence_weight: float = 0.5):
     """The reference, less where it and the policy part; on the chosen side the divergence is held constant.
 
-    log_ref - divergence_weight * KL(ref || pi), KL behind a stop-gradient if chosen
+    log_ref - divergence_weight * forward_kl, that behind a stop-gradient if chosen
 
     divergence_weight >= 0 is the loss's own alpha. The label changes no value of zeta, only its gradient.
     """
@@ -147,9 +151,9 @@ def tis_dpo(
     lower: float = -0.5,
     upper: float = 1.5,
 ):
-    """A geometric mixture of policy and reference, the reference's share a token's importance, more where they part.
+    """Geometric combination of policy and reference, the reference's share a token's importance; more where they part.
 
-    log_pi - w * (log_pi - log_ref) + kl_weight * w * KL(pi || ref)
+    log_pi - w * (log_pi - log_ref) + kl_weight * w * reverse_kl
 
     w = k * exp(clip(log_positive - log_negative, lower, upper)) if chosen, with -clip if rejected; all four
     hyperparameters are the loss's own.
@@ -166,9 +170,9 @@ def tis_dpo(
     depends_on_policy=True,
 )
 def tis_dpo_column(completion: Completion, preferred_to: Completion | None, alpha, *, kl_weight: float = 1.0):
-    """As the other of TIS-DPO; the importance of a token is the data's, and depends on the label if that does.
+    """The same with a token's importance from the data, which knows the label if that does.
 
-    log_pi - w * (log_pi - log_ref) + kl_weight * w * KL(pi || ref)
+    log_pi - w * (log_pi - log_ref) + kl_weight * w * reverse_kl
 
     w is the column `token_weight`; kl_weight is the loss's own.
     """
@@ -176,16 +180,15 @@ def tis_dpo_column(completion: Completion, preferred_to: Completion | None, alph
 
 
 def _importance_weighted(completion, importance, kl_weight):
-    # One of the policy's own log-probabilities is left of the difference: a policy equal to its reference scores 0.
     score = _token_log_ratio(completion) - kl_weight * completion.reverse_kl
     return completion.policy_logps - jax.lax.stop_gradient(importance) * score
 
 
 @prior('mapo', needs=Needs(statistics=('activations', 'forward_kl')), depends_on_policy=True)
 def mapo(completion: Completion, preferred_to: Completion | None, alpha):
-    """A geometric mixture of policy and reference, the reference's share how active it was, less where they part.
+    """Geometric combination of policy and reference, the reference's share how active it was, less where they part.
 
-    log_pi - m * (log_pi - log_ref) - m * KL(ref || pi)
+    log_pi - m * (log_pi - log_ref) - m * forward_kl
     """
     mask = masks.activation_mask(completion)
     return _masked(completion, mask, mask)
@@ -199,9 +202,9 @@ def mapo(completion: Completion, preferred_to: Completion | None, alpha):
     depends_on_policy=True,
 )
 def sparse_po(completion: Completion, preferred_to: Completion | None, alpha):
-    """A geometric mixture of policy and reference, the reference's share a learned mask, less where they part.
+    """Geometric combination of policy and reference, the reference's share a learned mask, less where they part.
 
-    log_pi - reward_mask * (log_pi - log_ref) - kl_mask * KL(ref || pi)
+    log_pi - reward_mask * (log_pi - log_ref) - kl_mask * forward_kl
     """
     return _masked(completion, completion.masks['reward'], completion.masks['kl'])
 

@@ -142,10 +142,12 @@ def mi(chosen: Completion, rejected: Completion, *, alpha: float = 0.1, prior: s
 
     -log sigmoid(alpha * ((logp(chosen) - log zeta(chosen)) - (logp(rejected) - log zeta(rejected)))).
 
-    alpha > 0 is the price of a nat of information, 1 / beta of the paper and beta of DPO; 0.1 is DPO's customary value,
-    since the paper names none. prior is the name of a prior, whose own hyperparameters are accepted beside these.
+    alpha > 0 is the price of a nat of information: beta of DPO, and 1 / beta of the paper, where beta is an inverse
+    temperature. 0.1 is DPO's customary value. prior is the name of a prior, whose own hyperparameters are accepted
+    beside these. Rewards are alpha * log(pi / zeta), so that they hold margins and offsets too.
 
-    Unverified: the paper's table of priors was not available. The priors are derived from the losses they recover.
+    Unverified: the loss is as others summarise the paper, whose body, and so whose table of priors, was not available.
+    The priors are derived from the losses they recover, and that its cEntropy is H-DPO (`h_dpo`) is an inference.
     """
     if prior not in PRIORS:
         raise unknown('mi.prior', prior, PRIORS)
@@ -163,14 +165,13 @@ def _score(completion: Completion, log_zeta: jax.Array) -> jax.Array:
 
 
 def unification_table() -> str:
-    """The priors as a Markdown table: log zeta is that of one token, `n` the completion's tokens."""
-    lines = ['| method | alpha | log zeta of a token | what zeta is | gradient through zeta |', '|---|---|---|---|---|']
+    """The priors as a Markdown table: one token's log zeta, `alpha` in it that of `mi`, `n` the completion's tokens."""
+    lines = ['| method | alpha | log zeta | what zeta is | gradient through zeta |', '|---|---|---|---|---|']
     for entry in PRIORS.values():
-        facts = ['a prior' if entry.genuine else 'not a prior']
-        facts += ['normalised' if entry.normalised else 'not normalised']
+        conditions = [*entry.words.items(), *((name, 0) for name in entry.outside)]
+        method = ', '.join([f'`{entry.recovers}`', *(f'`{name}={value}`' for name, value in conditions)])
+        facts = ['a prior' if entry.genuine else 'not a prior', 'normalised' if entry.normalised else 'not normalised']
         facts += ['depends on the policy'] * entry.depends_on_policy + ['depends on the label'] * entry.depends_on_label
-        lines.append(
-            f'| `{entry.recovers}` | `{entry.alpha}` | `{entry.formula}` | {entry.summary} ({", ".join(facts)}) '
-            f'| {entry.gradient} |'
-        )
+        what = f'{entry.summary.rstrip(".")}: {", ".join(facts)}'
+        lines.append(f'| {method} | `{entry.alpha}` | `{entry.formula}` | {what} | {entry.gradient} |')
     return '\n'.join(lines)
