@@ -19,7 +19,8 @@ import record
 from jaxpo import config, objective
 from jaxpo.experiment import Experiment
 from jaxpo.run import Run, load_state, make_batch, prepare, read_pairs
-from jaxpo.step import Models, make_train_step
+from jaxpo.state import learning_rates
+from jaxpo.step import make_train_step
 from jaxpo.types import Batch, Pair
 
 METRICS = ('loss', 'grad_norm', 'rewards/margins', 'logps/chosen', 'logps/rejected')
@@ -43,8 +44,7 @@ def shapes_of(batch: Batch) -> tuple:
 
 def compile_steps(run: Run, state, batches: Sequence[Batch], settings: dict) -> dict:
     """The compiled step of each shape that `batches` have: none compiles while it is timed."""
-    models = Models(run.decoder, run.reference_decoders, run.mesh)
-    step = jax.jit(make_train_step(models, run.objective, run.optimizer), donate_argnums=0)
+    step = jax.jit(make_train_step(run.models, run.objective, run.optimizer), donate_argnums=0)
     examples = {shapes_of(batch): batch for batch in batches}
     return {shapes: step.lower(state, batch, settings).compile() for shapes, batch in examples.items()}
 
@@ -75,7 +75,7 @@ def benchmark(options: argparse.Namespace) -> None:
     pairs = read_pairs(run).train[: options.batch_pairs * (options.warmup_steps + options.timed_steps)]
     chunks = [pairs[first : first + options.batch_pairs] for first in range(0, len(pairs), options.batch_pairs)]
     state = load_state(run)
-    settings = {'learning_rate': run.config.optimizer.learning_rate, 'objective': run.objective.hyperparameters}
+    settings = run.traced | learning_rates(run.config.optimizer, 1)(0)
     compiling = record.clocks()
     compiled = compile_steps(run, state, [make_batch(run, chunk) for chunk in chunks], settings)
     compile_seconds = record.elapsed(compiling, record.clocks())['seconds']

@@ -1,6 +1,7 @@
 """Checkpoints of a run, written by Orbax in the background and restored onto any mesh.
 
-Saved: step, policy, optimizer. References are frozen, so they are read again from their own sources.
+Saved: step, policy, optimizer, and what the method keeps of its own. References are frozen, so they are read again
+from their own sources.
 """
 
 import contextlib
@@ -53,14 +54,17 @@ class Checkpoints:
         saved = self._checkpointer.load(step, _saved(shapes))
         return TrainState(reference_params=references, **saved)
 
-    def restore_params(self, step: int, shapes: TrainState):
-        """The policy's parameters saved at `step`, without the optimizer's state. `shapes` as for `restore`."""
-        wanted = {name: jax.tree.map(lambda _: ocp.PLACEHOLDER, tree) for name, tree in _saved(shapes).items()}
-        return self._checkpointer.load(step, wanted | {'params': shapes.params})['params']
+    def restore_without_optimizer(self, step: int, shapes: TrainState, references: dict) -> TrainState:
+        """The state saved at `step` as far as evaluation reads it; arguments as for `restore`."""
+        wanted = _saved(shapes)
+        unread = {'opt_state': jax.tree.map(lambda _: ocp.PLACEHOLDER, wanted['opt_state'])}
+        saved = self._checkpointer.load(step, wanted | unread)
+        return TrainState(reference_params=references, **saved | {'opt_state': ()})
 
 
 def _saved(state: TrainState) -> dict:
-    return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state}
+    names = ('step', 'params', 'opt_state', 'method_state', 'method_params')
+    return {name: getattr(state, name) for name in names}
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -15,7 +15,8 @@ from jaxpo.errors import InputError
 from jaxpo.evaluate import Sampled
 from jaxpo.experiment import Experiment
 from jaxpo.models.checkpoint import load_params, write_hugging_face
-from jaxpo.run import Run, Schedule, abstract_state, load_references, prepare, read_pairs
+from jaxpo.run import Run, Schedule, abstract_state, load_references, load_state, prepare, read_pairs
+from jaxpo.state import TrainState
 
 
 def dry_run(experiment: Experiment) -> None:
@@ -31,10 +32,9 @@ def evaluate(experiment: Experiment) -> None:
     pairs = read_pairs(run)
     if not pairs.evaluation:
         raise InputError('data.evaluation names no pairs to evaluate on.')
-    step, params = _policy(run)
-    _, shardings = abstract_state(run)
-    references = load_references(run, shardings)
-    found = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), params, references)
+    state = _newest(run)
+    step = int(state.step)
+    found = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), state)
     if found.samples:
         evaluation.write_samples(run.directory / f'evaluation_samples_{step:06d}.jsonl', found.samples)
     _write_json(run.directory / f'evaluation_{step:06d}.json', {'step': step, **found.metrics})
@@ -98,16 +98,26 @@ def _export_dtype(run: Run) -> str:
     return run.pretrained.dtype if run.config.export.dtype == 'source' else run.config.export.dtype
 
 
+def _newest(run: Run) -> TrainState:
+    """The newest checkpoint's state without its optimizer, or that at step 0 where nothing was trained."""
+    shapes, shardings = abstract_state(run)
+    return _restored(run, lambda: load_references(run, shardings), shapes) or load_state(run).replace(opt_state=())
+
+
 def _policy(run: Run):
     """The step and parameters of the newest checkpoint, or the source's where nothing was trained."""
+    state = _restored(run, dict, abstract_state(run)[0])
+    return _initial(run) if state is None else (int(state.step), state.params)
+
+
+def _restored(run: Run, references: Callable[[], dict], shapes: TrainState) -> TrainState | None:
+    """The newest checkpoint's state without its optimizer, or None."""
     directory = run.directory / 'checkpoints'
     if not directory.is_dir():
-        return _initial(run)
+        return None
     with open_checkpoints(directory, run.config.train.keep_checkpoints) as checkpoints:
         step = checkpoints.latest()
-        if step is None:
-            return _initial(run)
-        return step, checkpoints.restore_params(step, abstract_state(run)[0])
+        return None if step is None else checkpoints.restore_without_optimizer(step, shapes, references())
 
 
 def _initial(run: Run):

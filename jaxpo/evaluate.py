@@ -15,7 +15,9 @@ from jaxpo import config, sampling, step
 from jaxpo.data import prompts as prompt_files
 from jaxpo.data.prompts import Prompt
 from jaxpo.models.tokenizer import end_ids
+from jaxpo.objective import counts_of
 from jaxpo.run import Run, make_batch
+from jaxpo.state import TrainState
 from jaxpo.types import Pair
 
 COMPLETIONS = 2  # of each sampled prompt: they share its row when they are scored
@@ -50,46 +52,43 @@ class Evaluator:
     pairs: list[Pair]
     prompts: list[Prompt]
     eval_step: Callable[..., dict[str, jax.Array]]
-    score_step: Callable[..., dict[str, jax.Array]]
+    score_step: Callable[..., dict[str, jax.Array]] | None  # where there is a reference to measure against
 
 
 def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
     """An evaluator of held-out pairs and, where the config asks for samples, of the first prompts of their file."""
-    models = step.Models(run.decoder, run.reference_decoders, run.mesh)
     count = run.config.evaluate.sample_prompts
     held_out = []
     if count:
         held_out = prompt_files.read_prompts(run.config.data.evaluation, run.config.data, run.tokenizer)[:count]
-    return Evaluator(
-        run, pairs, held_out, jax.jit(step.make_eval_step(models, run.objective)), jax.jit(step.make_score_step(models))
-    )
+    measured = run.objective.references
+    score_step = jax.jit(step.make_score_step(run.models, measured[0])) if measured else None
+    return Evaluator(run, pairs, held_out, jax.jit(step.make_eval_step(run.models, run.objective)), score_step)
 
 
-def evaluate(evaluator: Evaluator, params, reference_params) -> Evaluation:
-    """Scores the held-out pairs and samples the held-out prompts, where there are any.
+def evaluate(evaluator: Evaluator, state: TrainState) -> Evaluation:
+    """Scores the held-out pairs and samples the held-out prompts, where there are any. Needs no optimizer state.
 
     `eval/reward` and `eval/kl` are means over samples, each with its standard error over prompts; `eval/kl` estimates
     KL(policy || reference) of whole completions, nats, where `sample` draws from the policy itself.
     """
     run, metrics, samples, shown = evaluator.run, {}, [], []
     if evaluator.pairs:
-        metrics |= _score_pairs(evaluator, params, reference_params)
+        metrics |= _score_pairs(evaluator, state)
     if evaluator.prompts:
-        samples = _sample(evaluator, params, reference_params)
+        samples = _sample(evaluator, state.params, state.reference_params)
         metrics |= _summary(samples)
-        shown = _show(run, params, evaluator.prompts[: run.config.evaluate.show])
+        shown = _show(run, state.params, evaluator.prompts[: run.config.evaluate.show])
     return Evaluation({f'eval/{name}': value for name, value in metrics.items()}, samples, shown)
 
 
-def _score_pairs(evaluator: Evaluator, params, reference_params) -> dict[str, float]:
+def _score_pairs(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
     """The objective's metrics over all held-out pairs."""
     run, totals = evaluator.run, collections.defaultdict(float)
-    counts = {
-        'pairs': np.float32(len(evaluator.pairs)),
-        'tokens': np.float32(sum(pair.chosen.size for pair in evaluator.pairs)),
-    }
+    lengths = np.array([(pair.chosen.size, pair.rejected.size) for pair in evaluator.pairs])
+    counts = jax.device_get(counts_of(lengths[:, :1], lengths[:, 1:]))
     for batch in _batches(run, evaluator.pairs):
-        shares = evaluator.eval_step(params, reference_params, batch, run.objective.hyperparameters, counts)
+        shares = evaluator.eval_step(state, batch, run.traced, counts)
         for name, value in jax.device_get(shares).items():
             totals[name] += float(value)
     return dict(totals)
@@ -106,7 +105,7 @@ def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
     prompts = evaluator.prompts
     groups = generate(run, params, prompts, COMPLETIONS, run.config.sample)
     log_ratios = [[None] * COMPLETIONS for _ in prompts]
-    if run.config.references:
+    if evaluator.score_step:
         log_ratios = _log_ratios(evaluator, params, reference_params, groups)
     return [
         describe(run, prompt, generated, log_ratio)

@@ -15,12 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpo import config, sharding, state
 from jaxpo import objective as objectives
 from jaxpo.data import audit, rows, sampler, sources
+from jaxpo.data.columns import Wanted
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
 from jaxpo.models.checkpoint import load_params
 from jaxpo.models.decoder import Decoder, abstract_params
 from jaxpo.models.source import Pretrained, open_model
 from jaxpo.objective import Objective
+from jaxpo.scoring import Models
 from jaxpo.state import TrainState
 from jaxpo.types import Batch, Pair
 
@@ -54,6 +56,15 @@ class Run:
         return {name: self._decoder(self.references.get(name, self.pretrained)) for name in self.config.references}
 
     @property
+    def models(self) -> Models:
+        return Models(self.decoder, self.reference_decoders, self.mesh)
+
+    @property
+    def traced(self) -> dict:
+        """Settings of a step that are traced, learning rates aside."""
+        return {'objective': self.objective.hyperparameters, 'seed': np.uint32(self.config.train.seed)}
+
+    @property
     def row_multiple(self) -> int:
         """Devices that rows are split over."""
         return self.mesh.size
@@ -77,7 +88,8 @@ def prepare(experiment: Experiment) -> Run:
     """Checks settings, objective, mesh and models, in that order. InputError before anything expensive."""
     settings = experiment.config
     _check_settings(settings)
-    objective = objectives.make(settings.objective, len(settings.references))
+    objective = objectives.make(settings.objective, tuple(settings.references))
+    _check_method_settings(settings.optimizer, objective)
     if settings.model.dtype == 'float32':
         # Accelerators would otherwise round the factors of float32 products to fewer bits.
         jax.config.update('jax_default_matmul_precision', 'highest')
@@ -135,6 +147,16 @@ def _check_settings(settings: config.Config) -> None:
         raise InputError('optimizer.final_learning_rate_ratio has no effect with the schedule constant.')
 
 
+def _check_method_settings(settings: config.Optimizer, objective: Objective) -> None:
+    """InputError where the learning rate or decay of a method's parts is set, and no loss has parts to train."""
+    if any(term.loss.init_params for term in objective.terms):
+        return
+    for field in dataclasses.fields(settings):
+        if field.name.startswith('method_') and getattr(settings, field.name) != field.default:
+            names = ', '.join(term.loss.name for term in objective.terms)
+            raise InputError(f'optimizer.{field.name} is set, but {names} trains no parts beside the policy.')
+
+
 def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretrained:
     pretrained = open_model(reference.source, reference.revision)
     if pretrained.load_tokenizer().get_vocab() != tokenizer.get_vocab():
@@ -146,21 +168,40 @@ def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretra
 
 def read_pairs(run: Run, *, train: bool = True) -> Pairs:
     """Reads and audits the training and evaluation pairs. InputError where the audit refuses them."""
-    data, settings = run.config.data, run.config.rows
+    data, settings, wanted = run.config.data, run.config.rows, wanted_of(run.objective)
     train_pairs, evaluation_pairs, reports = [], [], {}
     if train:
         raw = sources.read_rows(data.train, data.train_split, data.revision)
-        train_pairs, reports['train'] = audit.audit(raw, run.tokenizer, data, settings)
+        train_pairs, reports['train'] = audit.audit(raw, run.tokenizer, data, settings, wanted=wanted)
     if data.evaluation:
         raw = sources.read_rows(data.evaluation, data.evaluation_split, data.revision)
-        evaluation_pairs, reports['evaluation'] = audit.audit(raw, run.tokenizer, data, settings, training=train_pairs)
+        evaluation_pairs, reports['evaluation'] = audit.audit(
+            raw, run.tokenizer, data, settings, wanted=wanted, training=train_pairs
+        )
         evaluation_pairs = evaluation_pairs[: run.config.evaluate.pairs]
     _check_positions(run, [*train_pairs, *evaluation_pairs])
     return Pairs(train_pairs, evaluation_pairs, reports)
 
 
+def wanted_of(objective: Objective) -> Wanted:
+    """What the objective's losses read of the data beside prompts and completions."""
+    needs = objective.needs
+
+    def of_sides(names):
+        return tuple(f'{side}_{name}' for name in names for side in ('chosen', 'rejected'))
+
+    return Wanted(
+        numbers=(*needs.pair_columns, *of_sides(needs.completion_columns)),
+        tokens=of_sides(needs.token_columns),
+        companions=needs.companions,
+        unpaired=objective.takes_unpaired,
+    )
+
+
 def _check_positions(run: Run, pairs: Sequence[Pair]) -> None:
-    longest = max((p.prompt.size + max(p.chosen.size, p.rejected.size) for p in pairs), default=0)
+    sequences = [p.prompt.size + max(p.chosen.size, p.rejected.size) for p in pairs]
+    sequences += [other.prompt.size + other.completion.size for p in pairs for other in p.companions.values()]
+    longest = max(sequences, default=0)
     room = run.pretrained.architecture.max_positions
     if longest > room:
         raise InputError(
@@ -204,10 +245,21 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
 
     references = {name: reference(name) for name in run.config.references}
     params = abstract_params(run.pretrained.architecture)
-    shapes = jax.eval_shape(functools.partial(state.create, optimizer=run.optimizer), params, references)
+    method = jax.eval_shape(functools.partial(init_method, run))
+    shapes = jax.eval_shape(functools.partial(state.create, optimizer=run.optimizer), params, references, *method)
     shardings = sharding.parameter_shardings(shapes, run.mesh)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return placed, shardings
+
+
+def init_method(run: Run) -> tuple[dict, dict]:
+    """What the objective's losses keep beside the policy, at step 0: running state and trained parts."""
+    measured = run.objective.references
+    read = run.reference_decoders[measured[0]] if measured and run.objective.token_masks else run.decoder
+    key = jax.random.key(run.config.train.seed)
+    architecture = read.architecture
+    params = objectives.init_params(run.objective, key, architecture.layers, architecture.width)
+    return objectives.init_state(run.objective), params
 
 
 def _frozen(params, dtype):
@@ -240,6 +292,9 @@ def load_state(run: Run) -> TrainState:
     shapes, shardings = abstract_state(run)
     params = load_params(run.pretrained, shardings.params, run.config.train.seed)
     references = load_references(run, shardings, params)
-    opt_state = jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(params)
+    method_state, method_params = jax.jit(
+        functools.partial(init_method, run), out_shardings=(shardings.method_state, shardings.method_params)
+    )()
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return TrainState(step, params, references, opt_state)
+    start = TrainState(step, params, references, (), method_state, method_params)
+    return start.replace(opt_state=jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(start.trained))

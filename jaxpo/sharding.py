@@ -17,6 +17,7 @@ MICROBATCHES = P(None, ('data', 'fsdp'))
 # The width D of every matrix is split over `fsdp`; L (layers) leads the stacked ones. Optimizer moments carry the
 # same path as the parameter they belong to, so the same rules hold for them. The first match counts.
 PARAMETER_RULES = (
+    (r'(^|/)method(_state|_params)?/', P()),  # small, and not the decoder's
     (r'layers/attention/(query|key|value)$', P(None, 'fsdp', None)),
     (r'layers/attention/output$', P(None, None, 'fsdp')),
     (r'layers/mlp/(gate|up)$', P(None, 'fsdp', None)),

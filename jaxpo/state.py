@@ -1,10 +1,12 @@
 """The training state: everything a step reads and changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpo import config
@@ -17,33 +19,47 @@ class TrainState:
     step: jax.Array  # [] int32: optimizer steps taken
     params: Any  # policy, float32
     reference_params: dict[str, Any]  # by name, matrices in the compute dtype; K = len(reference_params), may be 0
-    opt_state: optax.OptState
+    opt_state: optax.OptState  # of `trained`; empty in a state that is only evaluated
+    method_state: dict[str, Any] = flax.struct.field(default_factory=dict)
+    """Running state of the losses that have one (moments), by loss."""
+    method_params: dict[str, Any] = flax.struct.field(default_factory=dict)
+    """Trained parts of the losses that have them (masks, value heads), by loss; float32."""
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """What the optimizer changes: the policy, and the method's own parts."""
+        return {'policy': self.params, 'method': self.method_params}
 
 
 def make_optimizer(settings: config.Optimizer) -> optax.GradientTransformation:
-    """AdamW up to the learning rate, which the step applies: it is traced, so a new one compiles nothing."""
-    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm is not None else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon),
-        optax.add_decayed_weights(settings.weight_decay, mask=matrices),
-    )
+    """AdamW of `TrainState.trained` up to the learning rates, which the step applies: traced, new ones compile nothing.
+
+    Policy and method parts are clipped each by their own norm, and decay each by their own rate.
+    """
+
+    def adamw(weight_decay, mask):
+        clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm is not None else optax.identity()
+        adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)
+        return optax.chain(clip, adam, optax.add_decayed_weights(weight_decay, mask=mask))
+
+    parts = {'policy': adamw(settings.weight_decay, matrices), 'method': adamw(settings.method_weight_decay, None)}
+    return optax.partition(parts, {name: name for name in parts})
 
 
 def matrices(params):
     """True for leaves that weight decay applies to: matrices, not norms or biases (vectors, stacked over layers)."""
 
     def decayed(path, leaf):
-        stacked = jax.tree_util.keystr(path, simple=True, separator='/').startswith('layers/')
+        stacked = 'layers' in jax.tree_util.keystr(path, simple=True, separator='/').split('/')
         return leaf.ndim - stacked >= 2
 
     return jax.tree.map_with_path(decayed, params)
 
 
-def learning_rate_schedule(settings: config.Optimizer, steps: int) -> optax.Schedule:
+def learning_rate_schedule(settings: config.Optimizer, steps: int, peak: float) -> optax.Schedule:
     """Warm-up from 0 to the peak, then decay to its final ratio at step `steps` (constant: none)."""
-    peak, final = settings.learning_rate, settings.learning_rate * settings.final_learning_rate_ratio
     decay_steps = max(steps - settings.warmup_steps, 1)
+    final = peak * settings.final_learning_rate_ratio
     decay = {
         'constant': optax.constant_schedule(peak),
         'linear': optax.linear_schedule(peak, final, decay_steps),
@@ -54,6 +70,21 @@ def learning_rate_schedule(settings: config.Optimizer, steps: int) -> optax.Sche
     return optax.join_schedules([warmup, decay], [settings.warmup_steps])
 
 
-def create(params, reference_params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+def learning_rates(settings: config.Optimizer, steps: int) -> Callable[[int], dict[str, np.ndarray]]:
+    """Step -> `learning_rate` and `method_learning_rate`, as a step takes them."""
+    peaks = {'learning_rate': settings.learning_rate, 'method_learning_rate': settings.method_learning_rate}
+    schedules = {name: learning_rate_schedule(settings, steps, peak) for name, peak in peaks.items()}
+    return lambda step: {name: np.float32(schedule(step)) for name, schedule in schedules.items()}
+
+
+def create(
+    params,
+    reference_params: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    method_state: dict[str, Any] | None = None,
+    method_params: dict[str, Any] | None = None,
+) -> TrainState:
     """A state at step 0. No buffer may be shared between policy and references: the step donates the state."""
-    return TrainState(jnp.zeros((), jnp.int32), params, reference_params, optimizer.init(params))
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(step, params, reference_params, (), method_state or {}, method_params or {})
+    return state.replace(opt_state=optimizer.init(state.trained))

@@ -19,7 +19,7 @@ from jaxpo.errors import Interrupted, TrainingError
 from jaxpo.experiment import Experiment
 from jaxpo.metrics import flatten, open_metrics
 from jaxpo.run import Pairs, Run, Schedule, abstract_state, load_references, load_state, make_batch, prepare, read_pairs
-from jaxpo.state import TrainState, learning_rate_schedule
+from jaxpo.state import TrainState, learning_rates
 
 
 def train(experiment: Experiment) -> None:
@@ -68,13 +68,12 @@ def _resume(run: Run, checkpoints, done: int) -> TrainState:
 
 
 def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, log, evaluator) -> TrainState:
-    models = step.Models(run.decoder, run.reference_decoders, run.mesh)
     train_step = jax.jit(
-        step.make_train_step(models, run.objective, run.optimizer),
+        step.make_train_step(run.models, run.objective, run.optimizer),
         donate_argnums=0,
         out_shardings=(abstract_state(run)[1], sharding.replicated(run.mesh)),
     )
-    learning_rate = learning_rate_schedule(run.config.optimizer, schedule.steps)
+    rates = learning_rates(run.config.optimizer, schedule.steps)
     settings = run.config.train
     meter = _Meter(pairs, schedule, done, run.config.rows.layout)
 
@@ -83,11 +82,7 @@ def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, 
         for number in range(done, schedule.steps):
             indices = schedule.pairs_of(number)
             batch = make_batch(run, [pairs.train[i] for i in indices])
-            traced = {
-                'learning_rate': np.float32(learning_rate(number)),
-                'objective': run.objective.hyperparameters,
-            }
-            state, metrics = train_step(state, batch, traced)
+            state, metrics = train_step(state, batch, run.traced | rates(number))
             # The metrics of the step before are read while this one runs: the device never waits for the host.
             _finish(pending, run, meter, log, show)
             pending = (number + 1, indices, metrics)
@@ -145,7 +140,7 @@ def _evaluate(run: Run, evaluator: evaluate.Evaluator, state: TrainState, number
     )
     console().print(f'Evaluating after {number} steps: {what} ...')
     started = time.monotonic()
-    found = evaluate.evaluate(evaluator, state.params, state.reference_params)
+    found = evaluate.evaluate(evaluator, state.replace(opt_state=()))
     seconds = time.monotonic() - started
     log.write(number, {**found.metrics, 'eval/seconds': seconds})
     console().print(f'Evaluated in {seconds:.0f} s.')

@@ -8,12 +8,13 @@ from jaxpo.types import Completion
 
 CHOSEN = Completion(-jnp.array([[1.0, 2.0], [3.0, 0.5]]), -jnp.array([[[1.5, 1.0], [2.0, 0.5]]]), jnp.ones((2, 2)))
 REJECTED = Completion(-jnp.array([[2.0, 2.0], [1.0, 0.5]]), -jnp.array([[[1.0, 1.0], [3.0, 0.5]]]), jnp.ones((2, 2)))
-COUNTS = {'pairs': jnp.array(2.0), 'tokens': jnp.array(4.0)}
+COUNTS = objective.counts_of(CHOSEN.weights, REJECTED.weights)
+ONE = ('initial',)
 ALL = jnp.ones(2)
 
 
 def value(spec, weight=ALL, counts=COUNTS):
-    made = objective.make(spec, references=1)
+    made = objective.make(spec, references=('initial',))
     return objective.evaluate(made, made.hyperparameters, CHOSEN, REJECTED, weight, counts)
 
 
@@ -40,16 +41,16 @@ def test_parts_of_a_step_add_up_to_the_whole():
 @pytest.mark.parametrize(
     'spec, references, message',
     [
-        ({}, 1, 'names no loss'),
-        ({'dop': {}}, 1, "Did you mean 'dpo'"),
-        ({'dpo': {'bta': 0.1}}, 1, "Did you mean 'beta'"),
-        ({'dpo': {'beta': 'much'}}, 1, 'is a finite number'),
-        ({'dpo': {'beta': float('nan')}}, 1, 'is a finite number'),
-        ({'dpo': {'weight': 'much'}}, 1, 'is a finite number'),
-        ({'ipo': {'reduction': 'men'}}, 1, "Did you mean 'mean'"),
-        ({'dpo': {}}, 0, 'reads a reference'),
-        ({'dpo': {}}, 2, 'drop all but one'),
-        ({'simpo': {}}, 2, 'drop all but one'),
+        ({}, ONE, 'names no loss'),
+        ({'simpoo': {}}, ONE, "Did you mean 'simpo'"),
+        ({'dpo': {'bta': 0.1}}, ONE, "Did you mean 'beta'"),
+        ({'dpo': {'beta': 'much'}}, ONE, 'is a finite number'),
+        ({'dpo': {'beta': float('nan')}}, ONE, 'is a finite number'),
+        ({'dpo': {'weight': 'much'}}, ONE, 'is a finite number'),
+        ({'ipo': {'reduction': 'men'}}, ONE, "Did you mean 'mean'"),
+        ({'dpo': {}}, (), 'reads a reference'),
+        ({'dpo': {}}, ('initial', 'other'), 'drop all but one'),
+        ({'simpo': {}}, ('initial', 'other'), 'drop all but one'),
     ],
 )
 def test_refuses_early_and_says_why(spec, references, message):
@@ -62,7 +63,7 @@ def test_spelled_out_names_every_hyperparameter():
 
 
 def test_a_new_beta_is_the_same_function():
-    one, other = objective.make({'dpo': {'beta': 0.1}}, 1), objective.make({'dpo': {'beta': 0.2}}, 1)
+    one, other = objective.make({'dpo': {'beta': 0.1}}, ONE), objective.make({'dpo': {'beta': 0.2}}, ONE)
     assert one == other and hash(one) == hash(other)
     assert one.hyperparameters != other.hyperparameters
-    assert objective.make({'ipo': {'reduction': 'sum'}}, 1) != objective.make({'ipo': {}}, 1)
+    assert objective.make({'ipo': {'reduction': 'sum'}}, ONE) != objective.make({'ipo': {}}, ONE)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpo import evaluate, run, step
+from jaxpo import evaluate, run, scoring
 from jaxpo.config import Config, Data, Mesh, Model, Rows, Sample
 from jaxpo.data.prompts import read_prompts
 from jaxpo.experiment import Experiment
@@ -59,7 +59,7 @@ def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path,
     batch = jax.tree.map(lambda array: array[0], batch)
 
     def summed(params, batch):
-        sides = step.completions(step.scored_logps(prepared.decoder, params, batch, prepared.mesh), [], batch)
+        sides = scoring.log_probabilities(prepared.models, params, {}, batch)
         return [(side.policy_logps * side.weights).sum(axis=1) for side in sides]
 
     chosen, rejected = jax.device_get(jax.jit(summed)(params, batch))

@@ -11,7 +11,7 @@ import pytest
 import tiny_decoders
 from jax.sharding import AxisType, NamedSharding
 
-from jaxpo import objective, sharding, state, step
+from jaxpo import objective, scoring, sharding, state, step
 from jaxpo.config import Optimizer, Rows
 from jaxpo.data.rows import fill_rows
 from jaxpo.models.architecture import from_hugging_face
@@ -21,6 +21,7 @@ from jaxpo.types import Pair
 CONFIG = tiny_decoders.CONFIGS['llama'] | {'num_hidden_layers': 2}
 GEMMA = tiny_decoders.CONFIGS['gemma2'] | {'num_hidden_layers': 2}
 SPEC = {'dpo': {'beta': 0.5}, 'sft': {'weight': 0.1}}
+REFERENCES = ('initial',)
 PADDED = Rows(layout='padded', lengths=(64,), microbatch=64)
 
 
@@ -39,7 +40,12 @@ PAIRS = pairs_of()
 def models(config=CONFIG, mesh=None, dtype=jnp.float32, remat='none', reference=True):
     rows = None if mesh is None else NamedSharding(mesh, sharding.ROWS)
     decoder = Decoder(from_hugging_face(config), dtype=dtype, remat=remat, rows=rows)
-    return step.Models(decoder, {'initial': decoder} if reference else {}, mesh)
+    return scoring.Models(decoder, {'initial': decoder} if reference else {}, mesh)
+
+
+def traced(made, rate=1.0, **numbers):
+    rates = {'learning_rate': rate, 'method_learning_rate': rate}
+    return {**rates, 'seed': 0, 'objective': made.hyperparameters, **numbers}
 
 
 def parameters(config=CONFIG, seed=0):
@@ -55,13 +61,13 @@ def first_state(config=CONFIG, reference_seed=1, optimizer=None, mesh=None):
 
 def one_step(rows=PADDED, config=CONFIG, mesh=None, pairs=PAIRS, rate=1.0, row_multiple=1, start=None, **options):
     """Metrics and the gradients of the policy (a step of plain gradient descent at rate 1 shows them)."""
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     optimizer = optax.identity()
     train_step = jax.jit(step.make_train_step(models(config, mesh, **options), made, optimizer))
     start = start or first_state(config, optimizer=optimizer, mesh=mesh)
     batch = fill_rows(pairs, rows, row_multiple=row_multiple)
     batch = batch if mesh is None else sharding.put(batch, mesh, sharding.MICROBATCHES)
-    after, metrics = train_step(start, batch, {'learning_rate': rate, 'objective': made.hyperparameters})
+    after, metrics = train_step(start, batch, traced(made, rate))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start.params, after.params)
     return jax.device_get(metrics), gradient, after
 
@@ -139,8 +145,7 @@ def test_tied_head_gets_both_of_its_gradients():
         return (scored * weight).sum()
 
     def through_step(params):
-        policy = step.scored_logps(decoder, params, batch, None)
-        chosen, _ = step.completions(policy, [], batch)
+        chosen, _ = scoring.log_probabilities(models(config), params, {}, batch)
         return (chosen.policy_logps * chosen.weights).sum()
 
     params = parameters(config)
@@ -162,7 +167,7 @@ def test_policy_equal_to_reference_is_exactly_so(shape):
 
 
 def test_references_are_bit_identical_after_training_and_states_are_donated():
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     optimizer = state.make_optimizer(Optimizer(learning_rate=1e-2))
     train_step = jax.jit(step.make_train_step(models(), made, optimizer), donate_argnums=0)
     current = first_state(optimizer=optimizer)
@@ -170,7 +175,7 @@ def test_references_are_bit_identical_after_training_and_states_are_donated():
     batch, losses = fill_rows(PAIRS, PADDED), []
     for _ in range(5):
         held = current.params['embedding']
-        current, metrics = train_step(current, batch, {'learning_rate': 1e-2, 'objective': made.hyperparameters})
+        current, metrics = train_step(current, batch, traced(made, 1e-2))
         assert held.is_deleted()
         losses.append(float(metrics['loss']))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(current.reference_params))
@@ -179,18 +184,18 @@ def test_references_are_bit_identical_after_training_and_states_are_donated():
 
 
 def test_a_new_beta_or_learning_rate_compiles_nothing():
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     train_step = jax.jit(step.make_train_step(models(), made, optax.identity()))
     start, batch = first_state(optimizer=optax.identity()), fill_rows(PAIRS, PADDED)
     for beta, rate in ((0.1, 1e-3), (0.7, 1e-2)):
-        numbers = objective.make({'dpo': {'beta': beta}, 'sft': {}}, 1).hyperparameters
-        train_step(start, batch, {'learning_rate': np.float32(rate), 'objective': numbers})
+        numbers = objective.make({'dpo': {'beta': beta}, 'sft': {}}, REFERENCES).hyperparameters
+        train_step(start, batch, traced(made, np.float32(rate), objective=numbers))
     assert train_step._cache_size() == 1
 
 
 def test_a_mesh_keeps_its_shardings_and_compiles_once():
     mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     optimizer = state.make_optimizer(Optimizer())
     current = first_state(optimizer=optimizer, mesh=mesh)
     shardings = sharding.parameter_shardings(current, mesh)
@@ -202,26 +207,26 @@ def test_a_mesh_keeps_its_shardings_and_compiles_once():
     batch = sharding.put(fill_rows(PAIRS, PADDED, row_multiple=8), mesh, sharding.MICROBATCHES)
     for _ in range(3):
         held = current.params['embedding']
-        current, _ = train_step(current, batch, {'learning_rate': 1e-3, 'objective': made.hyperparameters})
+        current, _ = train_step(current, batch, traced(made, 1e-3))
         assert held.is_deleted()
     assert train_step._cache_size() == 1
     assert current.params['embedding'].sharding.spec[1] == 'fsdp'
-    assert current.opt_state[1].mu['layers']['mlp']['up'].addressable_shards[0].data.size * 4 == (
-        current.params['layers']['mlp']['up'].size
-    )
+    moments = current.opt_state.inner_states['policy'].inner_state[1].mu['policy']
+    up = moments['layers']['mlp']['up']
+    assert up.addressable_shards[0].data.size * 4 == current.params['layers']['mlp']['up'].size
 
 
 @pytest.mark.parametrize('where', ['params', 'reference_params'])
 def test_nan_reaches_neither_parameters_nor_optimizer(where):
     optimizer = state.make_optimizer(Optimizer())
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     start = first_state(optimizer=optimizer)
     broken = jax.tree.map_with_path(
         lambda path, leaf: leaf * jnp.nan if 'final_norm' in str(path) else leaf, getattr(start, where)
     )
     start = start.replace(**{where: broken})
     train_step = jax.jit(step.make_train_step(models(), made, optimizer))
-    settings = {'learning_rate': 1e-3, 'objective': made.hyperparameters}
+    settings = traced(made, 1e-3)
     after, metrics = train_step(start, fill_rows(PAIRS, PADDED), settings)
     assert not metrics['finite'] and not np.isfinite(metrics['loss'])
     jax.tree.map(np.testing.assert_array_equal, after.params, start.params)
@@ -238,7 +243,7 @@ def test_matrices_decay_and_vectors_do_not():
 @pytest.mark.parametrize('name, expected', [('constant', 1.0), ('linear', 0.55), ('cosine', 0.55)])
 def test_schedules_warm_up_and_decay(name, expected):
     settings = Optimizer(learning_rate=2.0, schedule=name, warmup_steps=4, final_learning_rate_ratio=0.1)
-    rate = state.learning_rate_schedule(settings, 14)
+    rate = state.learning_rate_schedule(settings, 14, settings.learning_rate)
     np.testing.assert_allclose([rate(s) for s in range(4)], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
     np.testing.assert_allclose([rate(4), rate(9)], [2.0, 2.0 * expected], rtol=1e-6)
     if name != 'constant':
@@ -248,12 +253,12 @@ def test_schedules_warm_up_and_decay(name, expected):
 def test_compiled_step_holds_no_tokens_by_vocabulary():
     vocabulary = 12347
     config = CONFIG | {'vocab_size': vocabulary}
-    made = objective.make(SPEC, 1)
+    made = objective.make(SPEC, REFERENCES)
     optimizer = state.make_optimizer(Optimizer())
     batch = fill_rows(PAIRS, Rows(layout='shared', lengths=(64,), microbatch=64))
     scored = batch.source.size
     train_step = jax.jit(step.make_train_step(models(config), made, optimizer), donate_argnums=0)
-    settings = {'learning_rate': 1e-3, 'objective': made.hyperparameters}
+    settings = traced(made, 1e-3)
     text = train_step.lower(first_state(config, optimizer=optimizer), batch, settings).compile().as_text()
     shapes = {tuple(map(int, d.split(','))) for d in re.findall(r'\b(?:f32|bf16|f16|s32|pred)\[([\d,]+)\]', text)}
     assert any(vocabulary in shape for shape in shapes)

@@ -40,7 +40,7 @@ def logged(experiment):
 
 def stop_after(step, monkeypatch):
     """The next run is interrupted, as by a signal, while it takes `step`."""
-    rates = train.learning_rate_schedule
+    rates = train.learning_rates
 
     def schedule(*arguments):
         rate = rates(*arguments)
@@ -52,7 +52,7 @@ def stop_after(step, monkeypatch):
 
         return watched
 
-    monkeypatch.setattr(train, 'learning_rate_schedule', schedule)
+    monkeypatch.setattr(train, 'learning_rates', schedule)
 
 
 @pytest.fixture(scope='module')
