@@ -155,7 +155,6 @@ def _auxiliary(completion, params, auxiliary_weight, temperature, cap, expectile
     """Advantage-weighted negative log-likelihood of one completion, and its value's regression loss."""
     hidden = jax.lax.stop_gradient(completion.prompt_hidden)
     advantage = completion.columns['auxiliary_reward'] - (hidden @ params['kernel'] + params['bias'])
-    # Capped within the exponential, which would overflow.
-    strength = jnp.exp(jnp.minimum(jax.lax.stop_gradient(advantage) / temperature, jnp.log(cap)))
+    strength = jnp.minimum(jnp.exp(jax.lax.stop_gradient(advantage) / temperature), cap)
     likelihood = strength * scores.mean_logp(completion)
     return links.expectile(advantage, expectile) - auxiliary_weight * likelihood
