@@ -111,12 +111,12 @@ def ld_dpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, alpha
     n the tokens of the shorter completion.
 
     beta > 0 is the strength of the KL penalty, as in DPO. alpha, 0 to 1, is what a token beyond the other completion's
-    length counts: 1 is DPO; 0.5 is the paper's middle ground.
+    length counts: 1 is DPO, 0 ignores such tokens, and 0.5 is between.
 
     Differs: earlier implementations discount the policy's log-probabilities only, so that a policy equal to its
     reference has a margin. Here both are discounted, as TRL does now.
 
-    Unverified: that the paper discounts both, and alpha=0.5, are recalled.
+    Unverified: that the paper discounts both, and about alpha=0.5, are recalled.
     """
     shared = jnp.minimum(scores.length(chosen), scores.length(rejected))[:, None]
 
