@@ -55,10 +55,8 @@ def log_odds(completion: Completion) -> jax.Array:
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x < 0: each form where it is exact, and out of the other's way in the gradient."""
-    near = x > -math.log(2.0)
-    far_x = jnp.where(near, -1.0, x)
-    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(far_x)))
+    """log(1 - exp(x)) for x <= -eps, where both forms are finite, gradients too; each is exact on its own side."""
+    return jnp.where(x > -math.log(2.0), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
 def deformed_log(log_value: jax.Array, alpha: jax.Array | float) -> jax.Array:

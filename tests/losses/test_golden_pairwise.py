@@ -260,7 +260,7 @@ def test_alpha_po_is_finite_for_every_alpha(alpha, scale):
         assert array.dtype == jnp.float32 and np.all(np.isfinite(array))
 
 
-@pytest.mark.parametrize('mean', [-80.0, -20.0, -1.0, -0.694, -0.693, -0.1, -1e-3, -1e-5])
+@pytest.mark.parametrize('mean', [-80.0, -20.0, -1.0, -0.694, -0.693, -0.1, -1e-3, -1.5e-7])
 def test_log_odds_are_exact_in_float32(mean):
     side = completion(3 * mean, 0.0, 3)
     with jax.enable_x64(True):
