@@ -26,8 +26,9 @@ def blahut_arimoto(
     F(pi, zeta) = sum_x p(x) * (sum_y pi(y|x) * r(x, y) - KL(pi(.|x) || zeta) / beta) is jointly concave. Each iteration
     takes both exact steps from a prior of full support, pi(y|x) proportional to zeta(y) * exp(beta * r(x, y)), then
     zeta(y) = sum_x p(x) * pi(y|x), so that F never falls and converges to its maximum over both. There KL averages to
-    the mutual information of prompt and completion. The best prior is often sparse: completions that leave it do so at
-    a geometric rate, those on the edge at 1 / iterations, and log zeta = -inf is where they may arrive.
+    the mutual information of prompt and completion. The best prior is often sparse: log zeta of a completion that
+    leaves it falls by about the same at every iteration (finite in logs, 0 as a probability in the end), while one on
+    the edge takes its time.
 
     Runs under `jax.jit` and `jax.vmap`; `iterations` is static. The objective is that of Tutunov, Grosnit and Bou-Ammar
     2025, arXiv:2501.01544; the alternation is the classical one of Blahut and of Arimoto, 1972.
@@ -58,12 +59,10 @@ def blahut_arimoto(
 
 
 def _step(rewards, log_prompts, beta, logs, _):
-    """One step of policy and prior, in logs: a completion that has left the prior has log zeta = -inf."""
+    """One step of policy and prior, and F behind both: in logs, where nothing that leaves the prior underflows."""
     _, log_prior = logs
     log_policy = jax.nn.log_softmax(log_prior[None] + beta * rewards, axis=-1)
     log_joint = log_prompts[:, None] + log_policy
     log_prior = jax.nn.logsumexp(log_joint, axis=0)
-    joint = jnp.exp(log_joint)
-    # -inf less -inf where nothing is earned or told.
-    told = jnp.where(joint > 0, log_policy - log_prior[None], 0.0)
-    return (log_policy, log_prior), (joint * (rewards - told / beta)).sum()
+    told = log_policy - log_prior[None]
+    return (log_policy, log_prior), (jnp.exp(log_joint) * (rewards - told / beta)).sum()
