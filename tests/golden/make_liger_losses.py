@@ -104,8 +104,13 @@ def cases(inputs):
 def main():
     inputs = problem(4)
     made_by = f'liger-kernel {importlib.metadata.version("liger-kernel")}, torch {torch.__version__}'
-    content = {'made_by': made_by, 'inputs': {**inputs, 'preference_labels': LABELS, 'kl': KL}}
-    peer_inputs.write('liger_losses.json', {**content, 'cases': [*cases(inputs)]})
+    content = {
+        'made_by': made_by,
+        'loss_types': sorted(chunked_loss.LigerFusedLinearDPOLoss._SUPPORTED_LOSS_TYPES),
+        'inputs': {**inputs, 'preference_labels': LABELS, 'kl': KL},
+        'cases': [*cases(inputs)],
+    }
+    peer_inputs.write('liger_losses.json', content)
 
 
 if __name__ == '__main__':

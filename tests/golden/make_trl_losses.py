@@ -14,10 +14,11 @@ TRL rounds to float32 in ORPO's odds whatever the inputs are. Losses that need g
 theirs are DPO's `sigmoid` and a summed `ipo`.
 """
 
+import ast
 import collections
 import itertools
+import re
 import tempfile
-import types
 
 import accelerate
 import peer_inputs
@@ -26,56 +27,9 @@ import trl
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+from trl_standins import Backbone, Standin
 
 torch.set_default_dtype(torch.float64)  # or TRL would make some constants float32
-FUSED_OUTPUTS = ('log_probs', 'entropy', 'mean_logits', 'is_top1', 'log_sum_sq_probs')
-
-
-class Standin(torch.nn.Module):
-    """A model that knows the logits of the batches it will be asked for."""
-
-    is_gradient_checkpointing = False
-
-    def __init__(self, batches):
-        super().__init__()
-        self.batches = batches  # (tokens, logits)
-
-    def logits_of(self, input_ids):
-        return next(logits for tokens, logits in self.batches if torch.equal(tokens, input_ids))
-
-    def forward(self, input_ids, labels=None, fused_lm_head=False, **kwargs):
-        logits = self.logits_of(input_ids)
-        if not fused_lm_head:
-            return types.SimpleNamespace(logits=logits)
-        logps = logits[:, :-1].log_softmax(-1)
-        target, known = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
-        fields = {
-            'log_probs': logps.gather(-1, target[..., None])[..., 0],
-            'entropy': -(logps.exp() * logps).sum(-1),
-            'log_sum_sq_probs': (2 * logps).logsumexp(-1).detach(),
-            'mean_logits': logits[:, :-1].mean(-1),
-        }
-        fields = {name: value.masked_fill(~known, 0) for name, value in fields.items()}
-        return FusedCausalLMOutput(is_top1=(logits[:, :-1].argmax(-1) == target) & known, **fields)
-
-
-class Backbone(Standin):
-    """The same, as hidden states in front of an identity head, for TRL's fused one."""
-
-    config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
-
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.head = torch.nn.Linear(peer_inputs.VOCABULARY, peer_inputs.VOCABULARY, bias=False, dtype=torch.float32)
-        self.head.weight.data = torch.eye(peer_inputs.VOCABULARY, dtype=torch.float32)
-        add_fused_lm_head(self, outputs=FUSED_OUTPUTS)
-
-    def base_model(self, input_ids, **kwargs):
-        return types.SimpleNamespace(last_hidden_state=self.logits_of(input_ids))
-
-    def get_output_embeddings(self):
-        return self.head
 
 
 def trainer(kind, args, **attributes):
@@ -83,10 +37,9 @@ def trainer(kind, args, **attributes):
     made = object.__new__(kind)
     made.args, made.accelerator = args, accelerate.Accelerator(cpu=True)
     made.aux_loss_enabled = made.precompute_ref_logps = made.is_encoder_decoder = False
-    made._metrics = collections.defaultdict(lambda: collections.defaultdict(list))
-    made._stored_metrics = collections.defaultdict(lambda: collections.defaultdict(list))
-    made._total_train_tokens, made._tp_size = 0, 1
     made._peft_has_been_casted_to_bf16 = False
+    made._metrics = made._stored_metrics = collections.defaultdict(lambda: collections.defaultdict(list))
+    made._total_train_tokens, made._tp_size = 0, 1
     for name, value in attributes.items():
         setattr(made, name, value)
     return made
@@ -150,6 +103,14 @@ def dpo(inputs_name, batch, dtype='float64', **settings):
     loss = made.compute_loss(policy, masks_of(batch))
     full = {'beta': args.beta, **settings, 'loss_type': args.loss_type}
     return case('DPOTrainer', inputs_name, dtype, settings, full, loss, leaf)
+
+
+def loss_types(batch):
+    """DPOTrainer's loss types, which it names where it is asked for one that it does not have."""
+    try:
+        dpo('random', batch, loss_type='?')
+    except ValueError as error:
+        return ast.literal_eval(re.search(r'\[.*\]', str(error))[0])
 
 
 def dpo_cases(inputs):
@@ -245,7 +206,7 @@ def orpo(inputs_name, batch, **settings):
 
 
 def tpo(inputs_name, batch, **settings):
-    """One case of TPOTrainer. Its gold completions are the chosen ones of the next pair, with logits of their own."""
+    """One case of TPOTrainer. Its gold completions are the first four mismatched ones."""
     args = config(TPOConfig, **settings)
     if args.tpo_alpha:
         batch = {name: [*rows, *batch['mismatched'][name][:4]] for name, rows in batch.items() if name != 'mismatched'}
@@ -286,8 +247,9 @@ def other_cases(inputs):
 def main():
     inputs = peer_inputs.both()
     made_by = f'trl {trl.__version__}, torch {torch.__version__}'
+    content = {'made_by': made_by, 'loss_types': loss_types(inputs['random']), 'inputs': inputs}
     for name, cases in (('trl_dpo', dpo_cases), ('trl_f_divergences', f_divergence_cases)):
-        peer_inputs.write(f'{name}.json', {'made_by': made_by, 'inputs': inputs, 'cases': [*cases(inputs)]})
+        peer_inputs.write(f'{name}.json', {**content, 'cases': [*cases(inputs)]})
     inputs = peer_inputs.both(mismatched=True)
     peer_inputs.write('trl_other.json', {'made_by': made_by, 'inputs': inputs, 'cases': [*other_cases(inputs)]})
 
