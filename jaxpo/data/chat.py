@@ -74,11 +74,10 @@ class _Written:
 
 
 class _Encoded(NamedTuple):
-    """Ids of a text, and how many of its characters and ids are in front of the completion."""
+    """A text that ends with a completion, its ids, and how many of them are in front of the completion."""
 
     text: str
     ids: list[int]
-    characters_before: int
     ids_before: int
 
 
@@ -163,8 +162,8 @@ def _encode_apart(text: str, tokenizer) -> _Encoded:
     break_ids = _ids('\n', tokenizer)
     ids = _ids('\n' + text, tokenizer)
     if ids[: len(break_ids)] == break_ids:
-        return _Encoded('\n' + text, ids, 1, len(break_ids))
-    return _Encoded(text, _ids(text, tokenizer), 0, 0)
+        return _Encoded('\n' + text, ids, len(break_ids))
+    return _Encoded(text, _ids(text, tokenizer), 0)
 
 
 def adds_bos(tokenizer) -> bool:
@@ -241,7 +240,7 @@ def _answer(prompt, completion, head: _Prompt, frame, tokenizer, limit: int, ali
     else:
         own, written = completion['content'], _write_completion(prompt, completion, head.text, frame, tokenizer)
     text = head.text + written.text
-    encoded = _Encoded(text, _ids(text, tokenizer), len(head.text), len(head.bare))
+    encoded = _Encoded(text, _ids(text, tokenizer), len(head.bare))
     mismatch = encoded.ids[: len(head.bare)] != head.bare
     if mismatch:
         encoded = _encode_apart(written.text, tokenizer)
@@ -262,7 +261,7 @@ def _characters(encoded: _Encoded, written: _Written, own: str, tokens: int, tok
     place, first, last = written.body
     places = np.full(tokens, len(written.text))
     found = _first_characters(encoded.text, tokenizer)[encoded.ids_before :]
-    places[: len(found)] = np.asarray(found) - encoded.characters_before
+    places[: len(found)] = np.asarray(found) - (len(encoded.text) - len(written.text))
     places += first - place
     places[places < first] = -1
     places[places >= last] = len(own[:last].rstrip()) - 1

@@ -115,11 +115,10 @@ def columns_of(row: Row, tokenized: Tokenized, wanted: Wanted, renamed: Mapping[
         there = _side(name) is None or _side(name) in tokenized.alignments
         values[name] = _number(row, renamed.get(name, name)) if there else 0.0
     for name in wanted.tokens:
-        alignment = tokenized.alignments.get(_side(name))
-        whole = (
-            np.zeros(0, np.float32) if alignment is None else _token_numbers(row, renamed.get(name, name), alignment)
-        )
-        values[name] = whole[: getattr(tokenized, _side(name)).size]
+        side, values[name] = _side(name), np.zeros(0, np.float32)
+        if side in tokenized.alignments:
+            whole = _token_numbers(row, renamed.get(name, name), tokenized.alignments[side])
+            values[name] = whole[: getattr(tokenized, side).size]
     return values
 
 
