@@ -36,7 +36,8 @@ class Reference:
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: str = ''
-    """Training pairs: a .jsonl or .parquet file (also .jsonl.gz), or a hub data set id."""
+    """Training pairs: a .jsonl or .parquet file (also .jsonl.gz), or a hub data set id. Unpaired rows (prompt,
+    completion, label) are taken where all losses take them."""
     evaluation: str | None = None
     """Held-out pairs, as above."""
     train_split: str = 'train'

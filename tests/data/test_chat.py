@@ -293,6 +293,14 @@ def test_what_the_template_adds_and_trims_is_known(llama3, chatml):
     assert alignment.characters is None and alignment.tokens == len(ids)
 
 
+def test_a_template_that_drops_a_part_of_the_text_leaves_the_rest_in_place(chatml):
+    chatml.chat_template = chatml.chat_template.replace("m['content'] }}", "m['content'].split('|')[-1] }}")
+    ids, alignment = aligned(chatml, [USER], 'the fox|yes')
+    assert chatml.decode(ids) == 'yes<|im_end|>' and alignment.characters.tolist() == [8, 10]
+    # which of the two it kept cannot be known
+    assert aligned(chatml, [USER], 'yes|yes')[1].characters is None
+
+
 def test_an_alignment_is_of_the_whole_completion_and_only_where_asked_for(chatml):
     whole, alignment = aligned(chatml, [USER], 'the quick brown fox')
     cut, same = aligned(chatml, [USER], 'the quick brown fox', limit=3)
