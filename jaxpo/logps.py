@@ -62,7 +62,8 @@ def token_statistics(
       head: `[V, D]`, one row per vocabulary entry; cast to the compute dtype a slab at a time.
       targets: `[R, S]` int32 in [0, V).
       statistics: which of STATISTICS to compute beside `logps`, in nats. KL divergences are at least 0, and exactly
-        0 where model and reference are the same arrays; elsewhere rounding is about 1e-6.
+        0 where model and reference are the same arrays; else their rounding is about 1e-6 nats. `mean_logit`, the mean
+        over the vocabulary (of capped logits where there is a softcap), is what MaPO reads of logits.
       reference: what `forward_kl` and `reverse_kl` compare with; never differentiated, and not read for anything else.
       softcap: logits are `softcap * tanh(logits / softcap)` where given.
       mesh: the mesh the arrays live on; None for one device.
@@ -93,51 +94,41 @@ def _check(statistics, head, reference):
             raise unknown('statistic of a token', name, STATISTICS)
         if name in DIVERGENCES and reference is None:
             raise InputError(f'The statistic {name!r} compares with a reference model, and there is none.')
-    if reference is not None and reference.head.shape[0] != head.shape[0]:
-        sizes = f'{reference.head.shape[0]} entries, that of the model {head.shape[0]}'
-        raise InputError(f'A KL divergence needs one vocabulary: that of the reference has {sizes}.')
+        if name in DIVERGENCES and reference.head.shape[0] != head.shape[0]:
+            sizes = f'the model has {head.shape[0]} entries, the reference {reference.head.shape[0]}'
+            raise InputError(f'The statistic {name!r} needs two models with one vocabulary: {sizes}.')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(plan, model, reference, targets):
     """-> {'logps' or statistic: [R, S]} of a model and a reference (or None), which are (hidden, head)."""
-    return _forward(plan, model, reference, targets)[0]
+    return _statistics_forward(plan, model, reference, targets)[0]
 
 
-def _statistics_forward(plan, model, reference, targets):
-    values, normalisers = _forward(plan, model, reference, targets)
-    return values, (model, reference, targets, values, normalisers)
+def _statistics_forward(plan, *arguments):
+    values, normalisers = _on_mesh(plan, _walk_forward, arguments, _ROWS)
+    return values, (*arguments, values, normalisers)
 
 
 def _statistics_backward(plan, saved, cotangents):
-    return _backward(plan, *saved, cotangents), None, None
+    return _on_mesh(plan, _walk_backward, (*saved, cotangents), _MODEL), None, None
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 
-def _forward(plan, model, reference, targets):
-    """-> values and normalisers (logsumexp of the model's and the reference's logits), all `[R, S]` float32."""
-    walk = functools.partial(_walk_forward, plan)
-    if plan.mesh is None:
-        return walk(model, reference, targets)
-    specs = (_MODEL, None if reference is None else _MODEL, _ROWS)
-    return jax.shard_map(walk, mesh=plan.mesh, in_specs=specs, out_specs=_ROWS, check_vma=False)(
-        model, reference, targets
-    )
-
-
-def _backward(plan, model, reference, targets, values, normalisers, cotangents):
-    """-> gradients of the model's hidden `[R, S, D]` and head `[V, D]`, in their dtypes."""
-    walk = functools.partial(_walk_backward, plan)
-    arguments = (model, reference, targets, values, normalisers, cotangents)
+def _on_mesh(plan, walk, arguments, result):
+    """A walk of (model, reference or None, then arrays by rows), on each device's share where there is a mesh."""
+    walk = functools.partial(walk, plan)
     if plan.mesh is None:
         return walk(*arguments)
-    specs = (_MODEL, None if reference is None else _MODEL, _ROWS, _ROWS, _ROWS, _ROWS)
-    return jax.shard_map(walk, mesh=plan.mesh, in_specs=specs, out_specs=_MODEL, check_vma=False)(*arguments)
+    model, reference, *by_rows = arguments
+    specs = (_MODEL, None if reference is None else _MODEL, *(_ROWS for _ in by_rows))
+    return jax.shard_map(walk, mesh=plan.mesh, in_specs=specs, out_specs=result, check_vma=False)(*arguments)
 
 
 def _walk_forward(plan, model, reference, targets):
+    """-> values, and the logsumexp of the model's and of the reference's logits (or None), all `[R, S]` float32."""
     shape, targets = targets.shape, targets.reshape(-1)
 
     def visit(sums, start, size):
@@ -145,38 +136,42 @@ def _walk_forward(plan, model, reference, targets):
         here, place = _place_in_slab(targets, start, size)
         picked = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
         new = {'target': jnp.where(here, picked, sums['target'])}
-        gap = None
-        if reference is not None:
-            reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
-            gap = logits - reference_logits
-            new['reference'] = _grown(sums['reference'], reference_logits, -gap)
-        return {**new, 'model': _grown(sums['model'], logits, gap)}
+        if reference is None:
+            return {**new, 'model': _grown(sums['model'], logits)[0]}
+        reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
+        gap = logits - reference_logits
+        new['model'], scale, shares = _grown(sums['model'], logits, gap)
+        new['reference'], reference_scale, reference_shares = _grown(sums['reference'], reference_logits, -gap)
+        moved = sums['excess'] * scale + sums['reference']['total'] * (scale - reference_scale)
+        return {**new, 'excess': moved + (shares - reference_shares).sum(axis=1)}
 
     sums = _over_slabs(visit, _no_sums(plan, targets.shape[0]), model[1].shape[0], plan.slab)
-    normalisers = [_normaliser(sums[name]) for name in ('model', 'reference') if name in sums]
-    values = {'logps': sums['target'] - normalisers[0]}
-    for name in plan.statistics:
-        values[name] = _VALUES[name](sums['model'], sums.get('reference'), model[1].shape[0])
+    normaliser = sums['model']['largest'] + jnp.log(sums['model']['total'])
+    rise = None if reference is None else _rise(sums)
+    values = {'logps': sums['target'] - normaliser}
+    values |= {name: _VALUES[name](sums, rise, model[1].shape[0]) for name in plan.statistics}
+    normalisers = (normaliser, None if rise is None else normaliser - rise)
     return jax.tree.map(lambda array: array.reshape(shape), (values, normalisers))
 
 
 def _no_sums(plan, tokens):
-    """What `_walk_forward` starts from. Only sums that are asked for are there, and only those are made."""
+    """What `_walk_forward` starts from: only the sums that it needs. `excess` is the model's total minus the
+    reference's, summed by itself so that equal models have none, whatever the rounding of either total."""
     zero = jnp.zeros(tokens, jnp.float32)
     # Finite: a difference from it times a sum of nothing must be 0.
     nothing = {'largest': jnp.full(tokens, jnp.finfo(jnp.float32).min / 2), 'total': zero}
     needed = {'entropy': 'relative', 'log_sum_squares': 'squares', 'mean_logit': 'logits', 'reverse_kl': 'gap'}
     sums = {'target': zero, 'model': nothing | {needed[name]: zero for name in plan.statistics if name in needed}}
-    if 'forward_kl' in plan.statistics:
-        sums['reference'] = nothing | {'gap': zero}
-    elif 'reverse_kl' in plan.statistics:
-        sums['reference'] = nothing
+    if any(name in DIVERGENCES for name in plan.statistics):
+        sums['excess'] = zero
+        sums['reference'] = nothing | ({'gap': zero} if 'forward_kl' in plan.statistics else {})
     return sums
 
 
-def _grown(sums, logits, gap):
-    """One model's sums over the vocabulary, relative to its largest logit so far, with a slab added.
+def _grown(sums, logits, gap=None):
+    """One model's sums over the vocabulary with a slab added, the factor the old ones took, and the slab's shares.
 
+    The sums are relative to the largest logit so far, `largest`:
     total: of e = exp(logit - largest). relative: of e * (logit - largest). squares: of e**2. logits: of logits. gap: of
     e * gap, where gap is the logit minus that of the other model.
     """
@@ -195,26 +190,32 @@ def _grown(sums, logits, gap):
         grown['logits'] = sums['logits'] + logits.sum(axis=1)
     if 'gap' in sums:
         grown['gap'] = sums['gap'] * scale + (shares * gap).sum(axis=1)
-    return grown
+    return grown, scale, shares
 
 
-def _normaliser(sums):
-    return sums['largest'] + jnp.log(sums['total'])
+def _rise(sums):
+    """The model's logsumexp minus the reference's: exactly 0 for equal models."""
+    model, reference = sums['model'], sums['reference']
+    share = sums['excess'] / reference['total']
+    near = jnp.abs(share) < 0.5
+    log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, share, 0.0)), jnp.log(model['total'] / reference['total']))
+    return (model['largest'] - reference['largest']) + log_ratio
 
 
-def _divergence(sums, other):
-    """KL of the model with `sums` from the other: differences first, so that equal models give 0."""
-    shift = (other['largest'] - sums['largest']) + (jnp.log(other['total']) - jnp.log(sums['total']))
-    return jnp.maximum(sums['gap'] / sums['total'] + shift, 0.0)
+def _mean(sums, name):
+    """Of what was summed by `name`, under the model's probabilities."""
+    return sums[name] / sums['total']
 
 
-# A statistic by the sums of the model and of the reference, and by the size of the vocabulary.
+# A statistic by the sums, the rise of logsumexp from reference to model, and the size of the vocabulary.
 _VALUES = {
-    'forward_kl': lambda model, reference, _: _divergence(reference, model),
-    'reverse_kl': lambda model, reference, _: _divergence(model, reference),
-    'entropy': lambda model, *_: jnp.log(model['total']) - model['relative'] / model['total'],
-    'log_sum_squares': lambda model, *_: jnp.minimum(jnp.log(model['squares']) - 2.0 * jnp.log(model['total']), 0.0),
-    'mean_logit': lambda model, _, vocabulary: model['logits'] / vocabulary,
+    'forward_kl': lambda sums, rise, _: jnp.maximum(_mean(sums['reference'], 'gap') + rise, 0.0),
+    'reverse_kl': lambda sums, rise, _: jnp.maximum(_mean(sums['model'], 'gap') - rise, 0.0),
+    'entropy': lambda sums, *_: jnp.log(sums['model']['total']) - _mean(sums['model'], 'relative'),
+    'log_sum_squares': lambda sums, *_: jnp.minimum(
+        jnp.log(sums['model']['squares']) - 2.0 * jnp.log(sums['model']['total']), 0.0
+    ),
+    'mean_logit': lambda sums, _, vocabulary: sums['model']['logits'] / vocabulary,
 }
 # Its derivative by the logits of a slab, by its value [tokens, 1], the log-probabilities [tokens, slab] under the
 # model and the reference, and the size of the vocabulary. The logarithms are differences of finite numbers, so that a
@@ -229,6 +230,7 @@ _BY_LOGITS = {
 
 
 def _walk_backward(plan, model, reference, targets, values, normalisers, cotangents):
+    """-> gradients of the model's hidden `[R, S, D]` and head `[V, D]`, in their dtypes."""
     (hidden, head), targets = model, targets.reshape(-1)
     shape, dtype, hidden = hidden.shape, hidden.dtype, hidden.reshape(-1, hidden.shape[-1])
     values, normalisers, cotangents = jax.tree.map(lambda x: x.reshape(-1, 1), (values, normalisers, cotangents))
@@ -278,7 +280,9 @@ def _slab(model, start, size, softcap, mesh):
     if softcap is None:
         return logits, 1.0, part
     capped = jnp.tanh(logits / softcap)
-    return softcap * capped, 1.0 - capped**2, part
+    # The minimum changes no number: it keeps the product from being fused, unrounded, with a subtraction that follows,
+    # by which equal models would differ.
+    return jnp.minimum(softcap * capped, softcap), 1.0 - capped**2, part
 
 
 def _place_in_slab(targets, start, size):

@@ -9,9 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpo.logps import token_statistics
+from jaxpo.errors import InputError
+from jaxpo.logps import STATISTICS, Reference, token_statistics
 
-ROWS, SCORED, WIDTH = 8, 6, 16
+ROWS, SCORED, WIDTH, REFERENCE_WIDTH = 8, 6, 16, 24
+DIVERGENCES = ('forward_kl', 'reverse_kl')
+EXACT = {'rtol': 2e-5, 'atol': 2e-5}
 
 
 def oracle(hidden, head, targets, cotangent, softcap):
@@ -101,3 +104,231 @@ def test_compiles_to_no_buffer_of_tokens_by_vocabulary():
     tokens = ROWS * SCORED
     assert (1031, WIDTH) in sizes
     assert not [size for size in sizes if np.prod(size) >= tokens * 1031]
+
+
+def naive(hidden, head, reference, softcap, name):
+    """A statistic `[R, S]` of the whole vocabulary at once, as its definition has it."""
+
+    def logits_of(hidden, head, softcap):
+        logits = jnp.einsum('rsd,vd->rsv', hidden, head)
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    logits = logits_of(hidden, head, softcap)
+    log_p = jax.nn.log_softmax(logits)
+    log_q = jax.nn.log_softmax(logits_of(*reference)) if name in DIVERGENCES else None
+    return {
+        'forward_kl': lambda: (jnp.exp(log_q) * (log_q - log_p)).sum(-1),
+        'reverse_kl': lambda: (jnp.exp(log_p) * (log_p - log_q)).sum(-1),
+        'entropy': lambda: -(jnp.exp(log_p) * log_p).sum(-1),
+        'log_sum_squares': lambda: jax.nn.logsumexp(2 * log_p, axis=-1),
+        'mean_logit': lambda: logits.mean(-1),
+    }[name]()
+
+
+def naive_values_and_gradients(hidden, head, reference, cotangents, softcap=None):
+    """Statistics and the gradients of sum(cotangents * statistics) by hidden and head, differentiated in float64."""
+    wide = [np.asarray(array, np.float64) for array in (hidden, head, *reference[:2])]
+    cotangents = {name: np.asarray(array, np.float64) for name, array in cotangents.items()}
+
+    def scalar(hidden, head, *frozen):
+        values = {name: naive(hidden, head, (*frozen, reference.softcap), softcap, name) for name in cotangents}
+        return sum((cotangents[name] * values[name]).sum() for name in values), values
+
+    with jax.enable_x64(True):
+        (_, values), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(*wide)
+        return jax.tree.map(np.asarray, (values, gradients))
+
+
+def our_values_and_gradients(hidden, head, targets, reference, cotangents, **options):
+    def scalar(hidden, head, *frozen):
+        given = Reference(*frozen, reference.softcap) if frozen else None
+        asked = {'statistics': tuple(cotangents), 'reference': given}
+        statistics = token_statistics(hidden, head, targets, **asked, **options)
+        values = {name: getattr(statistics, name) for name in cotangents}
+        return sum((cotangents[name] * values[name]).sum() for name in values), values
+
+    frozen = () if reference is None else reference[:2]
+    (_, values), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head, *frozen)
+    return values, gradients
+
+
+def reference_of(vocabulary, softcap=None, seed=1):
+    random = np.random.default_rng(seed)
+    hidden = random.normal(size=(ROWS, SCORED, REFERENCE_WIDTH)).astype(np.float32)
+    return Reference(hidden, random.normal(size=(vocabulary, REFERENCE_WIDTH)).astype(np.float32), softcap)
+
+
+def cotangents_of(names, seed=2):
+    random = np.random.default_rng(seed)
+    return {name: random.normal(size=(ROWS, SCORED)).astype(np.float32) for name in names}
+
+
+def assert_equal(ours, theirs, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or EXACT)), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    'vocabulary, slab, softcap, reference_softcap',
+    [(37, 8, None, None), (37, 8, 3.0, None), (32, 8, 2.0, 3.0), (5, 8, 2.0, 3.0), (37, 37, None, 3.0)],
+)
+def test_all_statistics_equal_the_whole_vocabulary_in_float64(vocabulary, slab, softcap, reference_softcap):
+    hidden, head, targets, _ = inputs(vocabulary)
+    reference, cotangents = reference_of(vocabulary, reference_softcap), cotangents_of(STATISTICS)
+    ours = our_values_and_gradients(hidden, head, targets, reference, cotangents, softcap=softcap, slab=slab)
+    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, softcap))
+
+
+@pytest.mark.parametrize('name', STATISTICS)
+def test_one_statistic_is_computed_alone(name):
+    hidden, head, targets, _ = inputs(37)
+    reference, cotangents = reference_of(37), cotangents_of([name])
+    given = reference if name in DIVERGENCES else None
+    ours = our_values_and_gradients(hidden, head, targets, given, cotangents, softcap=3.0, slab=8)
+    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, 3.0))
+    result = token_statistics(hidden, head, targets, statistics=(name,), reference=given, softcap=3.0, slab=8)
+    assert all(getattr(result, other) is None for other in STATISTICS if other != name)
+    np.testing.assert_array_equal(result.logps, token_statistics(hidden, head, targets, softcap=3.0, slab=8).logps)
+
+
+@pytest.mark.parametrize(
+    'shape, names',
+    [
+        ((8, 1), STATISTICS),
+        ((2, 4), STATISTICS),
+        ((1, 8), STATISTICS),
+        ((2, 4), ('entropy',)),
+        ((2, 4), ('forward_kl',)),
+    ],
+)
+def test_sharded_statistics_equal_the_whole_vocabulary(shape, names):
+    mesh = jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    hidden, head, targets, _ = inputs(37)
+    reference, cotangents = reference_of(37, 2.0), cotangents_of(names)
+    rows, split = NamedSharding(mesh, P(('data', 'fsdp'))), NamedSharding(mesh, P(None, 'fsdp'))
+    placed = Reference(jax.device_put(reference.hidden, rows), jax.device_put(reference.head, split), 2.0)
+    arrays = (jax.device_put(hidden, rows), jax.device_put(head, split), jax.device_put(targets, rows))
+    ours = our_values_and_gradients(*arrays, placed, cotangents, softcap=3.0, slab=8, mesh=mesh)
+    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, 3.0))
+
+
+@pytest.mark.parametrize('names', [DIVERGENCES, ('forward_kl',), ('reverse_kl',)])
+@pytest.mark.parametrize(
+    'shape, slab, dtype, softcap',
+    [(None, 1031, jnp.float32, None), (None, 100, jnp.bfloat16, 3.0), ((2, 4), 100, jnp.float32, None)],
+)
+def test_a_model_diverges_from_itself_by_exactly_nothing(shape, slab, dtype, softcap, names):
+    """No rounding in the value, and none in the gradient, whatever the slabs, at large and at small logits."""
+    mesh = None if shape is None else jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    hidden, head, targets, _ = inputs(1031)
+    hidden = jnp.asarray(hidden * np.array([1e-3, 1, 30, 1e3] * 2, np.float32).reshape(8, 1, 1), dtype)
+    ours = our_values_and_gradients(
+        hidden,
+        head,
+        targets,
+        Reference(hidden, head, softcap),
+        cotangents_of(names),
+        softcap=softcap,
+        mesh=mesh,
+        slab=slab,
+    )
+    assert not any(np.any(np.asarray(array, np.float32) != 0) for array in jax.tree.leaves(ours))
+
+
+def test_a_small_divergence_is_known_to_a_millionth():
+    """Of a policy a few steps from its reference, with logits as large as those of trained models."""
+    hidden, head, targets, _ = inputs(1031)
+    head = head * 1.5
+    moved = hidden + 1e-3 * np.random.default_rng(5).normal(size=hidden.shape).astype(np.float32)
+    reference, cotangents = Reference(hidden, head), cotangents_of(DIVERGENCES)
+    ours, _ = our_values_and_gradients(moved, head, targets, reference, cotangents, slab=100)
+    theirs, _ = naive_values_and_gradients(moved, head, reference, cotangents)
+    assert np.median(theirs['forward_kl']) < 5e-5
+    assert_equal(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize('scale', [10.0, 100.0])
+def test_statistics_stay_exact_where_probabilities_underflow(scale):
+    """Logits of thousands: nearly every probability is 0 in float32, and no statistic or gradient is lost to that.
+
+    A logit of 1e5 is known to 1e5 * 2^-24, some 1e-2 with the product's own rounding, relative to it 1e-6.
+    """
+    hidden, head, targets, _ = inputs(37)
+    hidden, head = hidden * scale, head * scale
+    reference = reference_of(37)
+    reference = Reference(reference.hidden * scale, reference.head * scale)
+    cotangents = cotangents_of(STATISTICS)
+    values, gradients = our_values_and_gradients(hidden, head, targets, reference, cotangents, slab=8)
+    theirs, _ = naive_values_and_gradients(hidden, head, reference, cotangents)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert (values['entropy'] >= 0).all() and (values['log_sum_squares'] <= 0).all()
+    for name in STATISTICS:
+        largest = np.abs(theirs[name]).max() if name in (*DIVERGENCES, 'mean_logit') else 0.0
+        np.testing.assert_allclose(values[name], theirs[name], rtol=1e-5, atol=1e-6 * largest + 1e-4 * scale)
+
+
+def test_the_reference_is_never_differentiated():
+    hidden, head, targets, _ = inputs(37)
+
+    def scalar(reference):
+        result = token_statistics(hidden, head, targets, statistics=DIVERGENCES, reference=reference, slab=8)
+        return (result.forward_kl + result.reverse_kl).sum()
+
+    gradient = jax.jit(jax.grad(lambda *arrays: scalar(Reference(*arrays)), argnums=(0, 1)))(*reference_of(37)[:2])
+    assert not any(np.any(leaf) for leaf in gradient)
+
+
+def test_bfloat16_statistics_lose_only_their_own_rounding():
+    """Values are those of the rounded arrays, accumulated in float32. A gradient by logits is rounded to bfloat16
+    (relative 2^-9) before the products: so much of the sum of absolute products may be lost, and as much again where
+    the result is rounded."""
+    hidden, head, targets, _ = inputs(37)
+    reference, cotangents = reference_of(37), cotangents_of(STATISTICS)
+    low = [jnp.asarray(array, jnp.bfloat16) for array in (hidden, reference.hidden)]
+    rounded = [np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32) for array in (hidden, head, *reference[:2])]
+    frozen = Reference(*rounded[2:])
+    values, gradients = our_values_and_gradients(
+        low[0], head, targets, Reference(low[1], reference.head), cotangents, slab=8
+    )
+    assert all(value.dtype == jnp.float32 for value in values.values())
+    theirs, their_gradients = naive_values_and_gradients(*rounded[:2], frozen, cotangents)
+    assert_equal(values, theirs)
+    by_logits = logits_gradient(*rounded[:2], frozen, cotangents)
+    bounds = (
+        np.einsum('rsv,vd->rsd', np.abs(by_logits), np.abs(rounded[1])),
+        np.einsum('rsv,rsd->vd', np.abs(by_logits), np.abs(rounded[0])),
+    )
+    for ours, theirs, bound in zip(gradients, their_gradients, bounds):
+        assert (np.abs(np.asarray(ours, np.float64) - theirs) <= 2**-8 * bound + 1e-5).all()
+
+
+def logits_gradient(hidden, head, reference, cotangents):
+    """[R, S, V]: of sum(cotangents * statistics) by logits, by way of a head that is one logit an entry."""
+    logits = np.einsum('rsd,vd->rsv', np.asarray(hidden, np.float64), np.asarray(head, np.float64))
+    identity = np.eye(len(head))
+    return naive_values_and_gradients(logits, identity, reference, cotangents)[1][0]
+
+
+def test_statistics_compile_to_no_buffer_of_tokens_by_vocabulary():
+    hidden, head, targets, _ = inputs(1031)
+    reference, cotangents = reference_of(1031), cotangents_of(STATISTICS)
+
+    def scalar(hidden, head, *arrays):
+        asked = {'statistics': STATISTICS, 'reference': Reference(*arrays, 2.0), 'softcap': 3.0}
+        result = token_statistics(hidden, head, targets, **asked, slab=64)
+        return sum((cotangents[name] * getattr(result, name)).sum() for name in STATISTICS)
+
+    compiled = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1))).lower(hidden, head, *reference[:2]).compile()
+    text = compiled.as_text()
+    sizes = {tuple(map(int, dims.split(','))) for dims in re.findall(r'\b(?:f32|bf16|pred|s32)\[([\d,]+)\]', text)}
+    assert {(1031, WIDTH), (1031, REFERENCE_WIDTH)} <= sizes
+    assert not [size for size in sizes if np.prod(size) >= ROWS * SCORED * 1031]
+
+
+def test_a_bad_request_is_refused():
+    hidden, head, targets, _ = inputs(37)
+    with pytest.raises(InputError, match="'entropi'. Did you mean 'entropy'"):
+        token_statistics(hidden, head, targets, statistics=('entropi',))
+    with pytest.raises(InputError, match="'reverse_kl' compares with a reference"):
+        token_statistics(hidden, head, targets, statistics=('reverse_kl',))
+    with pytest.raises(InputError, match='the model has 37 entries, the reference 36'):
+        token_statistics(hidden, head, targets, statistics=('forward_kl',), reference=reference_of(36))
