@@ -3,7 +3,8 @@
 A token column describes one completion, in either of two ways: one number for each of its tokens, the end token
 included; or spans `[start, end, value]` of characters (Unicode code points) of its text, whatever the tokenizer. A
 token has the value of the span that holds its first character that is not white space, and 0 outside all spans (an
-empty list is no span). The end token, and what a chat template writes behind the text, belong to the text's last such character.
+empty list has none). The end token, and what a chat template writes behind the text, belong to the text's last such
+character.
 """
 
 import dataclasses
