@@ -57,7 +57,7 @@ def aot(chosen: Completion, rejected: Completion, *, beta: float = 0.01, label_s
     -(1 - label_smoothing) * log sigmoid(beta * delta) - label_smoothing * log sigmoid(-beta * delta), delta_(i) =
     policy margin_(i) - reference margin_(i), each margin logp(chosen) - logp(rejected), sorted over the step's pairs.
 
-    beta > 0 scales the difference of order statistics; 0.01 in the paper's experiments as TRL lists them.
+    beta > 0 scales the difference of order statistics; 0.01 is reported as the paper's.
     label_smoothing in [0, 0.5) is the chance that a preference is flipped. The i-th loss is given to the pair whose
     policy margin is the i-th. Larger steps compare finer distributions.
 
@@ -80,7 +80,7 @@ def aot_unpaired(chosen: Completion, rejected: Completion, *, beta: float = 0.01
     log_ratio(chosen)_(i) - log_ratio(rejected)_(i), each sorted over the step's completions: who was paired with whom
     is not used.
 
-    beta > 0 scales the difference of order statistics; 0.01 in the paper's experiments as TRL lists them.
+    beta > 0 scales the difference of order statistics; 0.01 is reported as the paper's.
     label_smoothing in [0, 0.5) is the chance that a preference is flipped. The i-th loss is given to the pair whose
     chosen completion is the i-th. There must be as many rejected completions as chosen ones.
 

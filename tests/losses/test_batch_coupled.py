@@ -418,6 +418,18 @@ def test_beta_dpo_counts_the_pairs_there_are():
     assert (values > 0).sum() == 3 and not np.any(values[np.array(there) == 0])
 
 
+def test_beta_dpo_draws_the_same_pairs_wherever_empty_slots_lie():
+    places = jnp.array([1, 2, 4, 5, 6, 9, 11, 12, 13, 14])
+    dense = pairs_of_margins(np.linspace(-1, 1, 10))
+    sparse = [
+        jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], 15, 1)).at[..., places, :].set(x), side) for side in dense
+    ]
+    for seed in range(5):
+        key = jax.random.key(seed)
+        together, apart = (losses.find('beta_dpo')(*s, state=STATE, key=key, rho=0.5)[0] for s in (dense, sparse))
+        np.testing.assert_array_equal(apart[places], together)
+
+
 def test_beta_dpo_prefers_pairs_near_the_running_mean():
     """One of two pairs is kept: with the chance its likelihood has, over seeded draws, within 4 standard errors."""
     kept = kept_often([1.5, 4.0], {'mean': jnp.array(1.0), 'std': jnp.array(2.0)}, rho=0.5)
