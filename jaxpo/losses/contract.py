@@ -1,6 +1,8 @@
-"""What must hold of every registered loss, as checks that run on any of them: `jaxpo check`, and the tests, run all."""
+"""What every loss agrees to: an example with all that it needs, and how a step calls it on that."""
 
 import dataclasses
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,17 @@ class Example:
     rejected: Completion
     extra: dict[str, Any]
     """`state`, `params` and `key` where the loss has them."""
+
+
+def settings(entry: Loss) -> Iterator[dict[str, Any]]:
+    """The defaults, then each hyperparameter changed in turn: numbers by half, words to every other choice."""
+    hints = typing.get_type_hints(entry.function)
+    yield {}
+    for name, default in entry.defaults.items():
+        words = tuple(entry.parts.get(name, ())) or typing.get_args(hints.get(name))
+        for value in words or (default * 1.5 or 0.25,):
+            if value != default:
+                yield {name: value}
 
 
 def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.float64) -> Example:
@@ -101,3 +114,45 @@ def losses_of(entry: Loss, sample: Example, given: dict[str, Any]):
         sides = jax.lax.stop_gradient((sample.chosen, sample.rejected))
         extra['state'] = entry.updated(extra['state'], *sides, **hyperparameters)
     return entry(sample.chosen, sample.rejected, **extra, **hyperparameters)
+
+
+def with_noise_at_padding(side: Completion) -> Completion:
+    """All that stands by token, overwritten where the weight is 0."""
+    shape = side.weights.shape
+
+    def noise(values):
+        if values.ndim < 2 or values.shape[-2:] != shape:
+            return values
+        return jnp.where(side.weights.reshape((1,) * (values.ndim - 2) + shape) > 0, values, -3e2)
+
+    others = {name: with_noise_at_padding(other) for name, other in side.companions.items()}
+    return jax.tree.map(noise, side.replace(companions={})).replace(weights=side.weights, companions=others)
+
+
+def with_an_empty_slot(side: Completion) -> Completion:
+    """One more pair, all zeros."""
+
+    def append(values):
+        axis = values.shape.index(PAIRS)
+        return jnp.concatenate([values, jnp.zeros_like(jax.lax.slice_in_dim(values, 0, 1, axis=axis))], axis=axis)
+
+    return jax.tree.map(append, side)
+
+
+def _bent(values: jax.Array) -> jax.Array:
+    """Of other sizes and, for a column that only marks tokens, at other places."""
+    return values[..., ::-1] * jnp.linspace(1.1, 1.9, values.shape[-1]).reshape((1,) * (values.ndim - 1) + (-1,))
+
+
+def with_bent_field(side: Completion, name: str) -> Completion:
+    """Another value in one field."""
+    return side.replace(**{name: jax.tree.map(_bent, getattr(side, name))})
+
+
+def with_bent_entry(side: Completion, group: str, name: str) -> Completion:
+    """Another value under one name of `columns`, `model_logps` or `companions`, where it is there."""
+    held = dict(getattr(side, group))
+    if name in held:
+        other = held[name]
+        held[name] = other.replace(policy_logps=_bent(other.policy_logps)) if group == 'companions' else _bent(other)
+    return side.replace(**{group: held})
