@@ -51,8 +51,8 @@ def apply_collecting(
     Differs: `hidden_states` of the transformers library, which the authors read, are normed by the final norm in the
     last layer's place.
 
-    Unverified: the authors' hooks exist for GPT-2, GPT-NeoX and GPT-J families; what stands here for gated MLPs, normed
-    heads and post-norms is our reading.
+    Unverified: the authors have hooks for GPT-2, GPT-BigCode, GPT-J and GPT-NeoX; what stands here for gated MLPs,
+    normed heads and post-norms is our reading.
     """
     asked = [name for name, wanted in ((STATES, hidden_states), (MEANS, activations)) if wanted]
     frozen = {'params': jax.lax.stop_gradient(params)}
