@@ -1,4 +1,4 @@
-"""The command line: `jaxpo COMMAND EXPERIMENT [--any.field value]`."""
+"""The command line: `jaxpo COMMAND EXPERIMENT [--any.field value]`, and `jaxpo losses` and `jaxpo check`."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from jaxpo import commands
+from jaxpo import catalogue, commands
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.train import train
@@ -35,6 +35,19 @@ class Command:
     summary: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """A command about losses: it takes no experiment and trains nothing."""
+
+    function: Callable[[Sequence[str]], int]
+    usage: str
+    summary: str
+
+
+TOOLS = {
+    'losses': Tool(catalogue.show_losses, '[NAME]', 'list all losses, or show one with its curve'),
+    'check': Tool(catalogue.check, 'NAME', 'check a loss, yours (FILE.py:LOSS) or a registered one'),
+}
 COMMANDS = {
     'train': Command(train, commands.dry_run, 'train a policy on preference pairs, or resume'),
     'evaluate': Command(commands.evaluate, commands.dry_run, 'evaluate the newest checkpoint of a run'),
@@ -51,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ('-h', '--help'):
             print(_help())
             return 0
+        if arguments[0] in TOOLS:
+            return TOOLS[arguments[0]].function(arguments[1:])
         if arguments[0] not in COMMANDS:
-            raise unknown('command', arguments[0], COMMANDS)
+            raise unknown('command', arguments[0], [*COMMANDS, *TOOLS])
         return _run(arguments[0], arguments[1:])
     except InputError as problem:
         error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
@@ -94,7 +109,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _help() -> str:
     commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in COMMANDS.items())
+    tools = '\n'.join(f'  {f"{name} {tool.usage}":14s} {tool.summary}' for name, tool in TOOLS.items())
     return (
         f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'
-        f'commands:\n{commands_}\n\n`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
+        f'commands:\n{commands_}\n\nabout losses:\n{tools}\n\n'
+        f'`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
     )

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import types
 from collections.abc import Callable, Sequence
 
 import tyro
@@ -35,10 +36,23 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
       InputError: no such file, one that cannot be imported, no get_config, or not a Config. A wrong override prints
         its own message, the nearest setting included, and exits with code 2.
     """
+    module = import_module(path)
+    if not hasattr(module, 'get_config'):
+        raise InputError(f'{path} defines no get_config(). It returns the jaxpo.config.Config to run.')
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
+    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective))
+    config = tyro.cli(Config, default=config, args=list(overrides), prog=f'jaxpo {command} {path}')
+    return Experiment(pathlib.Path(path), config, getattr(module, 'reward', None))
+
+
+def import_module(path: str) -> types.ModuleType:
+    """The Python file at `path`, run as a module. InputError: no such file, or one that cannot be imported."""
     file = pathlib.Path(path)
     if not file.is_file():
         neighbours = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
-        raise unknown('experiment', path, neighbours)
+        raise unknown('Python file', path, neighbours)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None:
         raise InputError(f'{path} is not a Python module (.py).')
@@ -47,14 +61,7 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
         raise InputError(f'{path} cannot be imported: {error}.') from error
-    if not hasattr(module, 'get_config'):
-        raise InputError(f'{path} defines no get_config(). It returns the jaxpo.config.Config to run.')
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
-    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective))
-    config = tyro.cli(Config, default=config, args=list(overrides), prog=f'jaxpo {command} {path}')
-    return Experiment(file, config, getattr(module, 'reward', None))
+    return module
 
 
 def to_json(config: Config) -> str:

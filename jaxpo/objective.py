@@ -8,7 +8,6 @@ nothing; words are structural and stay in the function.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +34,10 @@ class Term:
     def needs(self) -> Needs:
         return self.loss.needs_of(dict(self.choices))
 
+    @property
+    def reads_reference(self) -> bool:
+        return self.loss.reads_reference_with(dict(self.choices))
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -49,7 +52,7 @@ class Objective:
 
     @property
     def reads_reference(self) -> bool:
-        return any(term.loss.reads_reference for term in self.terms)
+        return any(term.reads_reference for term in self.terms)
 
     @property
     def runs_references(self) -> bool:
@@ -80,8 +83,8 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[str]) ->
 
     Args:
       spec: losses by name, each with some of its hyperparameters and perhaps a `weight` (default 1).
-      references: names of the run's frozen models. Those named as a role of a loss (`positive`; `earlier` or
-        `earlier_0`, `earlier_1`, ...) fill it; the others are the references the policy is measured against.
+      references: names of the run's frozen models. Those named as a role of a loss (`positive`, `earlier`) fill it;
+        the others are the references the policy is measured against.
 
     Raises:
       InputError: unknown loss or hyperparameter, a value of the wrong kind, no loss, an empty role, or the wrong number
@@ -104,26 +107,21 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[str]) ->
     measured, models = _roles(terms, references)
     objective = Objective(tuple(terms), measured, models, numbers)
     _check_references(objective)
+    if len(objective.token_masks) > 1:
+        raise InputError(f'objective: {" and ".join(objective.token_masks)} both make token masks; one loss may.')
     return objective
 
 
 def _roles(terms: Sequence[Term], names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The run's frozen models, as references and as models with a role of their own."""
     roles = {role: term.loss.name for term in terms for role in term.needs.models}
-    filled = {name: role for name in names for role in roles if re.fullmatch(rf'{role}(_\d+)?', name)}
     for role, loss in roles.items():
-        if role not in filled.values():
+        if role not in names:
             raise InputError(
                 f'objective: {loss} reads a frozen model in the role {role!r}: add it to `references` under that name. '
                 f'There are: {", ".join(names) or "none"}.'
             )
-    return tuple(name for name in names if name not in filled), tuple(sorted(filled, key=_numbered))
-
-
-def _numbered(name: str) -> tuple[str, int]:
-    """`earlier_10` behind `earlier_9`."""
-    role, _, number = name.rpartition('_')
-    return (role, int(number)) if role and number.isdigit() else (name, -1)
+    return tuple(name for name in names if name not in roles), tuple(name for name in names if name in roles)
 
 
 def _check_references(objective: Objective) -> None:
@@ -135,7 +133,7 @@ def _check_references(objective: Objective) -> None:
         )
     if names:
         return
-    reads = [term.loss.name for term in objective.terms if term.loss.reads_reference]
+    reads = [term.loss.name for term in objective.terms if term.reads_reference]
     reads += [term.loss.name for term in objective.terms if _REFERENCE_STATISTICS & {*term.needs.statistics}]
     reads += list(objective.token_masks)
     if reads:

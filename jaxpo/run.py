@@ -245,8 +245,11 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
 
     references = {name: reference(name) for name in run.config.references}
     params = abstract_params(run.pretrained.architecture)
-    method = jax.eval_shape(functools.partial(init_method, run))
-    shapes = jax.eval_shape(functools.partial(state.create, optimizer=run.optimizer), params, references, *method)
+
+    def create(params, references):
+        return state.create(params, references, run.optimizer, *init_method(run))
+
+    shapes = jax.eval_shape(create, params, references)
     shardings = sharding.parameter_shardings(shapes, run.mesh)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return placed, shardings

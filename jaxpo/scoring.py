@@ -155,11 +155,9 @@ def _frozen(decoder: Decoder, params, batch: Batch, mesh: Mesh | None, asked: se
 
 def _masks(token_masks: Mapping[str, Callable], params: dict[str, Any], layers: jax.Array) -> dict[str, jax.Array]:
     """Token masks `[R, S]` by name, made of the reference's hidden states behind each layer."""
-    flat = layers.reshape(layers.shape[0], -1, layers.shape[-1]).astype(jnp.float32)
-    masks = {}
-    for loss, make in token_masks.items():
-        masks |= {name: mask.reshape(layers.shape[1:3]) for name, mask in make(params[loss], flat).items()}
-    return masks
+    flat = layers.reshape(layers.shape[0], -1, layers.shape[-1])
+    ((loss, make),) = token_masks.items()
+    return {name: mask.reshape(layers.shape[1:3]) for name, mask in make(params[loss], flat).items()}
 
 
 def _prompt_hidden(hidden: jax.Array, batch: Batch) -> jax.Array:

@@ -6,6 +6,18 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture
+def registry_as_it_was():
+    """Losses that a test registers are gone after it."""
+    from jaxpo import losses
+
+    before = dict(losses.LOSSES)
+    yield
+    losses.LOSSES.clear()
+    losses.LOSSES.update(before)

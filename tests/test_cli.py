@@ -8,7 +8,7 @@ import safetensors.numpy
 import tiny_checkpoints
 import tiny_runs
 
-from jaxpo import cli, losses
+from jaxpo import cli
 
 FAST = ['--mesh.data', '8', '--train.steps', '2']
 
@@ -105,7 +105,7 @@ def test_the_initial_policy_can_be_sampled_after_training(module, capsys):
     'arguments, message',
     [
         (['trian', 'x.py'], "Did you mean 'train'"),
-        (['train', 'experiment.pyy'], 'Unknown experiment'),
+        (['train', 'experiment.pyy'], 'Unknown Python file'),
         (['train', 'experiment.py', '--model.source', 'modle'], 'No model at'),
         (['train', 'experiment.py', '--objective.dpo.beta', 'nan'], 'objective.dpo.beta is a finite number'),
         (['train', 'experiment.py', '--data.train', 'trian.jsonl'], 'train.jsonl'),
@@ -193,29 +193,21 @@ def test_pairs_need_a_reward(tmp_path, capsys):
     assert 'defines no reward' in error_of(['sample', path, '--sample.pairs', tmp_path / 'pairs.jsonl'], capsys)
 
 
-@pytest.fixture
-def registry_as_it_was():
-    before = dict(losses.LOSSES)
-    yield
-    losses.LOSSES.clear()
-    losses.LOSSES.update(before)
-
-
 def test_a_loss_of_the_experiments_own_works_like_a_built_in(module, registry_as_it_was):
     readme = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
     own = next(block.split('```')[0] for block in readme.split('```python\n') if '@loss(' in block)
     module.write_text(own + module.read_text() + OWN_OBJECTIVE)
-    assert cli.main(['train', str(module), *FAST, '--objective.margin-hinge.beta', '0.5']) == 0
+    assert cli.main(['train', str(module), *FAST, '--objective.squared-hinge.beta', '0.5']) == 0
     first = json.loads((module.parent / 'run' / 'metrics.jsonl').read_text().splitlines()[1])
     assert first['loss'] == 1.0
-    assert json.loads((module.parent / 'run' / 'config.json').read_text())['objective']['margin_hinge']['beta'] == 0.5
+    assert json.loads((module.parent / 'run' / 'config.json').read_text())['objective']['squared_hinge']['beta'] == 0.5
 
 
 OWN_OBJECTIVE = """
 import dataclasses
 built_in = get_config
 def get_config():
-    return dataclasses.replace(built_in(), objective={'margin_hinge': {}})
+    return dataclasses.replace(built_in(), objective={'squared_hinge': {}})
 """
 
 

@@ -3,26 +3,22 @@
 import pathlib
 import re
 
-from jaxpo import cli, losses
+import pytest
+
+from jaxpo import catalogue, cli
+from jaxpo.losses import priors
 
 README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
 
 
-def losses_table():
-    """The README's table of losses, from the registry."""
-    lines = ['| loss | what it is | source | defaults |', '|---|---|---|---|']
-    for name, entry in sorted(losses.LOSSES.items()):
-        defaults = ', '.join(f'{key} {value}' for key, value in entry.defaults.items())
-        lines.append(f'| `{name}` | {entry.summary} | {entry.source} | {defaults} |')
-    return '\n'.join(lines)
-
-
-def test_the_table_of_losses_is_the_registry():
-    assert losses_table() in README, f'The README should hold:\n\n{losses_table()}'
+@pytest.mark.parametrize('table', [catalogue.markdown_table, priors.unification_table])
+def test_the_tables_of_losses_and_priors_are_the_registries(table):
+    assert table() in README, '`jaxpo losses --markdown` prints what the README should hold.'
 
 
 def test_every_command_is_in_the_readme():
     assert all(f'jaxpo {name} EXPERIMENT' in README for name in cli.COMMANDS)
+    assert all(f'jaxpo {name} {tool.usage}' in README for name, tool in cli.TOOLS.items())
 
 
 def test_every_module_is_in_the_file_tree():

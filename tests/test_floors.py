@@ -28,6 +28,7 @@ FLOORS = {
     'step': 5,
     'provenance': 5,
     'run': 5,
+    'catalogue': 5,
     'evaluate': 6,
     'report': 6,
     'commands': 7,

@@ -162,7 +162,8 @@ def test_every_method_trains(name):
     current, batch, found = first_state(made, optimizer, apart=False), fill_rows(pairs_for(made, count=4), PADDED), []
     references = jax.device_get(current.reference_params)
     train_step = jax.jit(step.make_train_step(models(made), made, optimizer))
-    for _ in range(8):
+    # Moments that start at 0 take some steps to settle, and the loss with them.
+    for _ in range(24 if losses.find(name).init_state else 8):
         current, metrics = train_step(current, batch, traced(made, 3e-3))
         assert metrics['finite']
         found.append(float(metrics['loss']))

@@ -17,5 +17,6 @@ from jaxpo.losses import token_level as token_level
 from jaxpo.losses import weighted as weighted
 from jaxpo.losses.registry import LOSSES as LOSSES
 from jaxpo.losses.registry import Needs as Needs
+from jaxpo.losses.registry import Range as Range
 from jaxpo.losses.registry import find as find
 from jaxpo.losses.registry import loss as loss

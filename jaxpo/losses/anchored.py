@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.losses import links, scores
-from jaxpo.losses.registry import Needs, loss
+from jaxpo.losses.registry import Needs, Range, loss
 from jaxpo.types import Completion, Rewards
 
 
@@ -123,7 +123,7 @@ def _label_needs(labels: str) -> Needs:
     return Needs(completion_columns=('score',) if labels == 'scores' else ())
 
 
-@loss('Chen et al. 2024, arXiv:2402.05369', needs=_label_needs, parts={'labels': LABELS})
+@loss('Chen et al. 2024, arXiv:2402.05369', needs=_label_needs, parts={'labels': LABELS}, ranges={'alpha': Range(0)})
 def info_nca(
     chosen: Completion,
     rejected: Completion,
@@ -149,7 +149,7 @@ def info_nca(
     return links.smoothed(rewards.chosen - rewards.rejected, 1 - label), rewards
 
 
-@loss('Chen et al. 2024, arXiv:2402.05369', needs=_label_needs, parts={'labels': LABELS})
+@loss('Chen et al. 2024, arXiv:2402.05369', needs=_label_needs, parts={'labels': LABELS}, ranges={'alpha': Range(0)})
 def nca(
     chosen: Completion,
     rejected: Completion,

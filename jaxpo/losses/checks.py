@@ -42,6 +42,10 @@ def _demand(held: Any, message: str) -> None:
         raise Broken(message)
 
 
+def _within(error: float) -> str:
+    return f'to {error:.0e}' if error else 'exactly'
+
+
 def finite_differences(entry: Loss) -> str:
     """The gradient is that of the loss: central differences agree, with what it stops the gradient of held still."""
     worst, cases = 0.0, list(settings(entry))
@@ -86,7 +90,7 @@ def an_empty_slot_has_no_say(entry: Loss) -> str:
     for gradient in gradients:
         _demand(jnp.isfinite(gradient.policy_logps).all(), 'a gradient is not finite')
         _demand(not np.any(gradient.policy_logps[PAIRS]), 'the empty slot has a gradient')
-    return f'to {error:.0e}'
+    return _within(error)
 
 
 def a_missing_side_has_no_say(entry: Loss) -> str:
@@ -104,15 +108,13 @@ def a_missing_side_has_no_say(entry: Loss) -> str:
 
 
 def references_are_read_as_it_says(entry: Loss) -> str:
-    """The loss changes with the reference's log-probabilities exactly if `reads_reference`; no gradient flows there."""
+    """The loss changes with the reference's log-probabilities exactly if `reads_reference`."""
     sample = example(entry, {})
     other = sample.chosen.replace(reference_logps=sample.chosen.reference_logps * 1.3 - 0.5)
-    before, after = _total(entry, sample, {}), _total(entry, _replaced(sample, other, sample.rejected), {})
-    _demand(
-        (before != after) == entry.reads_reference,
-        f'reads_reference is {entry.reads_reference}, but the loss {"changes" if before != after else "does not"}',
-    )
-    return 'read' if entry.reads_reference else 'not read'
+    changed = _total(entry, sample, {}) != _total(entry, _replaced(sample, other, sample.rejected), {})
+    says = entry.reads_reference_with({})
+    _demand(changed == says, f'reads_reference is {says}, but the loss {"changes" if changed else "does not"}')
+    return 'read' if says else 'not read'
 
 
 def pairs_are_coupled_as_it_says(entry: Loss) -> str:
@@ -195,7 +197,7 @@ def hyperparameters_are_traced(entry: Loss) -> str:
     _demand(compiled._cache_size() <= 2, 'it was compiled again for another value')
     error = float(jnp.abs(together - singly).max() / jnp.maximum(jnp.abs(singly).max(), 1.0))
     _demand(error < 1e-5, f'at once and one by one differ by {error:.1e}')
-    return f'one compilation; at once as one by one to {error:.0e}'
+    return f'one compilation; at once as one by one {_within(error)}'
 
 
 def shapes_are_as_agreed(entry: Loss) -> str:

@@ -39,7 +39,7 @@ def dpo(completion: Completion, preferred_to: Completion | None, alpha):
     return _reference(completion)
 
 
-@prior('cpo', outside=('nll_weight',))
+@prior('cpo', outside=('nll_weight',), reads_reference=False)
 def uniform(completion: Completion, preferred_to: Completion | None, alpha):
     """Uniform over completions, finitely many of which could be normalised.
 
@@ -90,6 +90,7 @@ def ln_dpo(completion: Completion, preferred_to: Completion | None, alpha):
 @prior(
     'simpo',
     matching=lambda beta, gamma: {'alpha': beta, 'gamma': gamma},
+    reads_reference=False,
     depends_on_policy=True,
     depends_on_label=True,
 )

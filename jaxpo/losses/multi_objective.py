@@ -5,7 +5,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxpo.errors import InputError
 from jaxpo.losses import links, scores
 from jaxpo.losses.pairwise import dpo
 from jaxpo.losses.registry import Needs, loss
@@ -76,18 +75,8 @@ def spo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, multipli
 
 def _sequential_score(completion, multiplier):
     (reference_logps,) = completion.reference_logps
-    protected = _log_ratio_between(completion, reference_logps, _earlier(completion))
+    protected = _log_ratio_between(completion, reference_logps, completion.model_logps['earlier'])
     return scores.log_ratio(completion) - multiplier * protected
-
-
-def _earlier(completion):
-    """Token log-probabilities under the one model in the role `earlier`."""
-    held = {name: logps for name, logps in completion.model_logps.items() if name.startswith('earlier')}
-    if len(held) != 1:
-        names = ', '.join(held) or 'none'
-        raise InputError(f"spo reads one model in the role `earlier`, the first round's: there are {names}.")
-    (logps,) = held.values()
-    return logps
 
 
 @loss('Li et al. 2025, arXiv:2502.14354')

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.losses import links, scores
-from jaxpo.losses.registry import loss
+from jaxpo.losses.registry import Range, loss
 from jaxpo.types import Completion, Rewards
 
 
@@ -72,7 +72,7 @@ def hinge(chosen: Completion, rejected: Completion, *, beta: float = 0.05):
     return links.hinge(rewards.chosen - rewards.rejected, 1.0), rewards
 
 
-@loss('Ji et al. 2024, arXiv:2402.00856')
+@loss('Ji et al. 2024, arXiv:2402.00856', ranges={'label_smoothing': Range(0, 0.5)})
 def exo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, label_smoothing: float = 1e-3):
     """Efficient exact optimisation: reverse KL from the policy's preference to the smoothed label.
 

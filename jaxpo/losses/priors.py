@@ -23,7 +23,7 @@ import jax
 
 from jaxpo.errors import InputError, unknown
 from jaxpo.losses import links
-from jaxpo.losses.registry import Needs, loss
+from jaxpo.losses.registry import Needs, Range, loss
 from jaxpo.types import Completion
 
 PRIORS: dict[str, 'Prior'] = {}
@@ -49,6 +49,7 @@ class Prior:
     outside: tuple[str, ...]
     """The loss's hyperparameters that weigh terms beside the margin: it is recovered where they are 0."""
     needs: Needs
+    reads_reference: bool
     reads_masks: bool
     """Whether it reads `Completion.masks`, which are trained: only another loss than `mi` trains them."""
     normalised: bool
@@ -88,6 +89,7 @@ def prior(
     words: Mapping[str, str] | None = None,
     outside: tuple[str, ...] = (),
     needs: Needs | None = None,
+    reads_reference: bool = True,
     reads_masks: bool = False,
     normalised: bool = False,
     depends_on_policy: bool = False,
@@ -115,6 +117,7 @@ def prior(
             words or {},
             outside,
             needs or Needs(),
+            reads_reference,
             reads_masks,
             normalised,
             depends_on_policy,
@@ -132,9 +135,15 @@ def _needs(prior: str, **words) -> Needs:
     return PRIORS[prior].needs
 
 
+def _reads_reference(prior: str, **words) -> bool:
+    return PRIORS[prior].reads_reference
+
+
 @loss(
     'Tutunov, Grosnit and Bou-Ammar 2025, arXiv:2501.01544',
     needs=_needs,
+    reads_reference=_reads_reference,
+    ranges={'alpha': Range(0)},
     parts={'prior': CHOICES},
 )
 def mi(chosen: Completion, rejected: Completion, *, alpha: float = 0.1, prior: str = 'dpo', **hyperparameters: float):

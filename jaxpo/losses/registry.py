@@ -22,6 +22,39 @@ STATISTICS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`, each of which belongs to it or does not."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    with_least: bool = False
+    with_most: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        at_an_end = (self.with_least and value == self.least) or (self.with_most and value == self.most)
+        return at_an_end or self.least < value < self.most
+
+    def __str__(self) -> str:
+        bounds = [f'{"at least" if self.with_least else "above"} {self.least:g}'] if self.least > -math.inf else []
+        bounds += [f'{"at most" if self.with_most else "below"} {self.most:g}'] if self.most < math.inf else []
+        return ' and '.join(bounds)
+
+
+# The same name means the same everywhere; a loss may narrow it.
+RANGES = {
+    'beta': Range(0),
+    'tau': Range(0),
+    'temperature': Range(0),
+    'label_smoothing': Range(0, 0.5, with_least=True),
+    'momentum': Range(0, 1, with_least=True),
+    'rho': Range(0, 1, with_least=True),
+    'expectile': Range(0, 1),
+    'preference_weight': Range(0, 1, with_most=True),
+    'mixing_alpha': Range(0, 1, with_least=True, with_most=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Needs:
     """What a loss reads beyond log-probabilities. All of it is checked before a model is loaded."""
 
@@ -34,8 +67,7 @@ class Needs:
     token_columns: tuple[str, ...] = ()
     """Columns with one number a completion token: `segment` reads `chosen_segment` and `rejected_segment`."""
     models: tuple[str, ...] = ()
-    """Roles of frozen models beside the references. A role `earlier` is filled by the run's reference of that name, or
-    by several: `earlier_0`, `earlier_1`, ..."""
+    """Roles of frozen models beside the references: each is filled by that of the run's `references` with its name."""
     companions: tuple[str, ...] = ()
     """Further sequences to score with each pair: `mismatched` (another pair's completion behind this prompt) or
     `corrupted` (the chosen completion behind the row's `corrupted_prompt`)."""
@@ -55,7 +87,7 @@ class Loss:
     keyword-only arguments without default, it is also given `state`, `params` or `key`."""
     source: str
     """Paper, arXiv number and equation."""
-    reads_reference: bool
+    reads_reference: bool | Callable[..., bool]
     normaliser: Literal['pairs', 'tokens', 'completions']
     """What the sum of losses is divided by: the step's pairs, its chosen tokens, or its completions."""
     couples_batch: bool
@@ -68,6 +100,7 @@ class Loss:
     init_params: Callable | None
     token_masks: Callable | None
     parts: Mapping[str, Mapping[str, Callable]]
+    ranges: Mapping[str, Range]
 
     @property
     def name(self) -> str:
@@ -101,6 +134,10 @@ class Loss:
         """The structural words among all hyperparameters."""
         return {name: value for name, value in self.hyperparameters(given).items() if isinstance(value, str)}
 
+    def reads_reference_with(self, given: Mapping[str, Any]) -> bool:
+        """Whether the loss reads `reference_logps` with the given choices."""
+        return self.reads_reference(**self.choices(given)) if callable(self.reads_reference) else self.reads_reference
+
     def needs_of(self, given: Mapping[str, Any]) -> Needs:
         """What the loss needs with the given choices."""
         return self.needs(**self.choices(given)) if callable(self.needs) else self.needs
@@ -117,6 +154,9 @@ class Loss:
                 raise unknown(f'{self.name}.{name}', str(value), words)
             if not words:
                 check_number(f'{self.name}.{name}', value)
+                allowed = {**RANGES, **self.ranges}.get(name)
+                if allowed and value not in allowed:
+                    raise InputError(f'objective.{self.name}.{name} is {allowed}, not {value:g}.')
 
     def __call__(self, chosen, rejected, *, state=None, params=None, key=None, **hyperparameters):
         """The loss of its pairs `[B]`, and Rewards. `state`, `params`, `key` go to a function that names them."""
@@ -161,7 +201,7 @@ def check_number(name: str, value: Any) -> None:
 def loss(
     source: str,
     *,
-    reads_reference: bool = True,
+    reads_reference: bool | Callable[..., bool] = True,
     normaliser: Literal['pairs', 'tokens', 'completions'] = 'pairs',
     couples_batch: bool = False,
     takes_unpaired: bool = False,
@@ -171,12 +211,14 @@ def loss(
     init_params: Callable | None = None,
     token_masks: Callable | None = None,
     parts: Mapping[str, Mapping[str, Callable]] | None = None,
+    ranges: Mapping[str, Range] | None = None,
 ):
     """Registers a loss under its function's name. Tests, and `jaxpo check`, hold it to what it says here.
 
     Args:
       source: paper, arXiv number and equation.
-      reads_reference: whether it reads `reference_logps`.
+      reads_reference: whether it reads `reference_logps`; a function of its structural words where that depends on
+        them.
       normaliser: what a step's sum of losses is divided by.
       couples_batch: whether a pair's loss depends on the other pairs of the step.
       takes_unpaired: whether either completion of a pair may be missing.
@@ -187,6 +229,7 @@ def loss(
       token_masks: `(params, hidden [L, N, D]) -> {name: [N]}`, of the reference's hidden states behind each layer at N
         scored tokens; they arrive as `Completion.masks`.
       parts: structural words whose choices are functions with hyperparameters of their own, by name.
+      ranges: of hyperparameters, where they differ from RANGES.
     """
 
     def register(function):
@@ -214,6 +257,7 @@ def loss(
             init_params,
             token_masks,
             parts or {},
+            ranges or {},
         )
         return function
 

@@ -310,6 +310,14 @@ def test_zeta_depends_on_the_policy_exactly_if_it_says_so(double, name):
 
 
 @pytest.mark.parametrize('name', NAMES)
+def test_zeta_reads_the_reference_exactly_if_it_says_so(double, name):
+    completion = world(Model(0))
+    other = completion.replace(reference_logps=completion.reference_logps - 0.5)
+    same = np.array_equal(*(log_zeta(PRIORS[name], each, True) for each in (completion, other)))
+    assert same == (not PRIORS[name].reads_reference)
+
+
+@pytest.mark.parametrize('name', NAMES)
 def test_zeta_depends_on_the_label_exactly_if_it_says_so(double, name):
     """In its value or, where a part is stopped, in its slope."""
     entry = PRIORS[name]
