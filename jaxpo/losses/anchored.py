@@ -7,11 +7,7 @@ import jax.numpy as jnp
 
 from jaxpo.losses import links, scores
 from jaxpo.losses.registry import Needs, Range, loss
-from jaxpo.types import Completion, Rewards
-
-
-def _rewards(chosen: Completion, rejected: Completion, beta) -> Rewards:
-    return Rewards(beta * scores.log_ratio(chosen), beta * scores.log_ratio(rejected))
+from jaxpo.types import Completion
 
 
 @loss('Pal et al. 2024, arXiv:2402.13228, Eq. 3')
@@ -28,7 +24,7 @@ def dpop(chosen: Completion, rejected: Completion, *, beta: float = 0.3, penalty
 
     Unverified: the defaults come from a text about the paper, not from the paper.
     """
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     fallen = jax.nn.relu(-rewards.chosen)
     return links.logistic(rewards.chosen - rewards.rejected - penalty * fallen), rewards
 
@@ -45,7 +41,7 @@ def minor_dpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1):
 
     Unverified: the formula comes from two texts about the paper, which agree; no official code is known.
     """
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     risen = jnp.where(rewards.rejected >= 0, rewards.rejected, 0.0)
     return links.logistic(rewards.chosen - risen), rewards
 
@@ -69,7 +65,7 @@ def cal_dpo(chosen: Completion, rejected: Completion, *, beta: float = 0.002):
 
     Unverified: the arXiv number, and that the paper's text has no beta in the sigmoid either.
     """
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     margin = scores.log_ratio(chosen) - scores.log_ratio(rejected)
     target = 1 / (2 * beta)
     return links.logistic(margin) + _anchors(chosen, rejected, target, -target), rewards
@@ -98,7 +94,7 @@ def sppo(
     Differs: TRL's `sppo_hard` is twice this loss; the factor 1/2 is the official code's.
     """
     targets = [(probability - 0.5) / beta for probability in _win_probabilities(chosen, rejected, labels)]
-    return _anchors(chosen, rejected, *targets), _rewards(chosen, rejected, beta)
+    return _anchors(chosen, rejected, *targets), scores.rewards(scores.log_ratio, chosen, rejected, beta)
 
 
 def _win_probabilities(chosen, rejected, labels):
@@ -145,7 +141,7 @@ def info_nca(
     of a prompt; it remarks that its temperature is the reciprocal of the paper's alpha.
     """
     label = LABELS[labels](chosen, rejected, **label_options)
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     return links.smoothed(rewards.chosen - rewards.rejected, 1 - label), rewards
 
 
@@ -171,7 +167,7 @@ def nca(
     of a prompt; it remarks that its temperature is the reciprocal of the paper's alpha.
     """
     label = LABELS[labels](chosen, rejected, **label_options)
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     data = label * links.logistic(rewards.chosen) + (1 - label) * links.logistic(rewards.rejected)
     noise = (links.logistic(-rewards.chosen) + links.logistic(-rewards.rejected)) / 2
     return data + noise, rewards
@@ -188,7 +184,7 @@ def apo_zero(chosen: Completion, rejected: Completion, *, beta: float = 0.1):
     paper, with both its halves; a row with one completion counts once with its half, so that data without pairs have
     the mean over their completions.
     """
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     raised = jnp.where(scores.present(chosen), jax.nn.sigmoid(-rewards.chosen), 0.0)
     lowered = jnp.where(scores.present(rejected), jax.nn.sigmoid(rewards.rejected), 0.0)
     return raised + lowered, rewards
@@ -204,5 +200,5 @@ def apo_down(chosen: Completion, rejected: Completion, *, beta: float = 0.1):
     beta > 0 is the strength of the KL penalty, 0.1 as in TRL. Where the policy is the reference, the chosen
     completion's two gradients cancel: the first step lowers the rejected one only.
     """
-    rewards = _rewards(chosen, rejected, beta)
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     return jax.nn.sigmoid(rewards.chosen) + jax.nn.sigmoid(rewards.rejected - rewards.chosen), rewards

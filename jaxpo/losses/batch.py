@@ -68,7 +68,7 @@ def aot(chosen: Completion, rejected: Completion, *, beta: float = 0.01, label_s
     matched = _of_equal_rank(policy_margin, reference_margin, scores.present(chosen))
     # The log-ratios' margin first: exact where a pair is matched with itself, as all are where policy is reference.
     delta = scores.log_ratio(chosen) - scores.log_ratio(rejected) + (reference_margin - matched)
-    rewards = Rewards(beta * scores.log_ratio(chosen), beta * scores.log_ratio(rejected))
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     return links.smoothed(beta * delta, label_smoothing), rewards
 
 

@@ -2,7 +2,7 @@
 
 from jaxpo.losses import links, scores
 from jaxpo.losses.registry import Needs, loss
-from jaxpo.types import Completion, Rewards
+from jaxpo.types import Completion
 
 
 @loss('Wang et al. 2024, arXiv:2406.11839', needs=Needs(companions=('corrupted',)))
@@ -19,7 +19,7 @@ def mdpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1, delta: 
     Differs: the paper corrupts an image by cropping it; here the prompt's text is corrupted (truncated, say). The
     official code draws another crop for the reference than for the policy; here both read the same prompt.
     """
-    rewards = Rewards(beta * scores.log_ratio(chosen), beta * scores.log_ratio(rejected))
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     corrupted = beta * scores.log_ratio(chosen.companions['corrupted'])
     preference = links.logistic(rewards.chosen - rewards.rejected)
     conditional = links.logistic(rewards.chosen - corrupted)

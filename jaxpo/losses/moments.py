@@ -38,9 +38,10 @@ def bco(chosen: Completion, rejected: Completion, *, state, beta: float = 0.01):
     out; reward = beta * log_ratio; delta = (E[reward(chosen)] + E[reward(rejected)]) / 2 over all completions so far,
     stop-gradient.
 
-    beta > 0 is the strength of the KL penalty; 0.01 as TRL lists the paper's setting. The state holds the count and
-    the mean log-ratio of each half, from the first step on, this step's included; until a half has been seen, delta is
-    the other's mean.
+    beta > 0 is the strength of the KL penalty; 0.01 as TRL lists the paper's setting. The mean is over rows, and a pair
+    counts once with both its halves: twice what a mean over completions, as TRL takes it, would be. The state holds
+    the count and the mean log-ratio of each half, from the first step on, this step's included; until a half has been
+    seen, delta is the other's mean.
 
     Differs: TRL's delta (in the versions that have one) is a single running mean over the completions of both halves:
     the same for pairs, and nearer the larger half for unpaired rows of unequal numbers. The optional reweighting of
@@ -52,7 +53,7 @@ def bco(chosen: Completion, rejected: Completion, *, state, beta: float = 0.01):
     seen = state['count'] > 0
     delta = beta * jnp.where(seen, state['mean'], 0).sum() / jnp.maximum(seen.sum(), 1)
     delta = jax.lax.stop_gradient(delta)
-    rewards = Rewards(beta * scores.log_ratio(chosen), beta * scores.log_ratio(rejected))
+    rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
     losses = jnp.where(scores.present(chosen), links.logistic(rewards.chosen - delta), 0)
     return losses + jnp.where(scores.present(rejected), links.logistic(delta - rewards.rejected), 0), rewards
 
@@ -119,7 +120,7 @@ def beta_dpo(
     mean = jnp.where(kept, margins, 0).sum() / jnp.maximum(kept.sum(), 1)
     beta_step = jnp.maximum(beta * (1 + alpha * (mean - state['mean'])), LEAST_BETA)
     losses = jnp.where(kept, links.logistic(jax.lax.stop_gradient(beta_step) * gap) / share, 0)
-    return losses, Rewards(beta * scores.log_ratio(chosen), beta * scores.log_ratio(rejected))
+    return losses, scores.rewards(scores.log_ratio, chosen, rejected, beta)
 
 
 def _drawn(key, log_weights, present, rho):
