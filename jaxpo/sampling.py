@@ -11,7 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxpo.errors import InputError
-from jaxpo.models.decoder import Cache, Decoder, empty_cache, head_weight
+from jaxpo.models.cache import Cache, empty_cache
+from jaxpo.models.decoder import Decoder, head_weight
 from jaxpo.sharding import ROWS, put
 
 _LEAST_SLOTS = 16

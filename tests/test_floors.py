@@ -24,6 +24,7 @@ FLOORS = {
     'console': 4,
     'experiment': 4,
     'metrics': 4,
+    'settings': 4,
     'scoring': 4,
     'step': 5,
     'provenance': 5,

@@ -1,7 +1,7 @@
 """What must hold of every loss, its own reference implementation aside: run by `jaxpo check`, and by the tests on all.
 
-Each check is a function of a registered loss. Its docstring says what holds; it returns what it measured, or raises
-Broken. All compute in float64 on `contract.example`, but where they say otherwise.
+A check is a function of a loss: its docstring says what holds; it returns what it measured, or raises Broken. All
+compute in float64 on `contract.example`, but where they say otherwise.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ def hyperparameters_are_traced(entry: Loss) -> str:
 
 
 def shapes_are_as_agreed(entry: Loss) -> str:
-    """One loss and two rewards a pair, in the inputs' dtype; rewards carry no surprise of shape."""
+    """One loss and two rewards a pair, in the inputs' dtype."""
     for dtype in (jnp.float32, jnp.float64):
         values, rewards = losses_of(entry, example(entry, {}, dtype=dtype), {})
         for what, array in (('losses', values), ('chosen', rewards.chosen), ('rejected', rewards.rejected)):

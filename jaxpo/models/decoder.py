@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +22,7 @@ from jaxpo.errors import unknown
 from jaxpo.models.activations import MEANS, STATES, keep_means, keep_state
 from jaxpo.models.architecture import Architecture
 from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
+from jaxpo.models.cache import Cache, extended
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -33,32 +33,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu_pytorch_tanh': lambda gate: jax.nn.gelu(gate, approximate=True),
 }
 _normal = nn.initializers.normal(0.02)
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of tokens already read, for generation: S slots a row, the first `used` of them written.
-
-    The cached tokens of a row are one sequence: branches are not kept.
-    """
-
-    key: jax.Array  # [L, R, S, K, Dh] in the compute dtype, rotated
-    value: jax.Array  # [L, R, S, K, Dh]
-    positions: jax.Array  # [R, S] int32
-    segment: jax.Array  # [R, S] int32; 0 where a slot is padding or not yet written
-    used: jax.Array  # int32, of all rows
-
-
-def empty_cache(architecture: Architecture, rows: int, slots: int, dtype: Any) -> Cache:
-    """A cache with room for `slots` tokens in each of `rows` rows."""
-    shape = (architecture.layers, rows, slots, architecture.key_value_heads, architecture.head_dim)
-    return Cache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        positions=jnp.zeros((rows, slots), jnp.int32),
-        segment=jnp.zeros((rows, slots), jnp.int32),
-        used=jnp.zeros((), jnp.int32),
-    )
 
 
 class View(NamedTuple):
@@ -124,7 +98,7 @@ class Decoder(nn.Module):
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
         keep_means(self, 'residual', hidden)
-        return hidden if cache is None else (hidden, _extended(cache, new, positions, segment))
+        return hidden if cache is None else (hidden, extended(cache, new, positions, segment))
 
 
 class Layer(nn.Module):
@@ -289,18 +263,3 @@ def _windows(architecture: Architecture) -> jax.Array | None:
 
 def _view(query: tuple[jax.Array, ...], key: tuple[jax.Array, ...]) -> View:
     return View(visible(query, key), query[0][:, :, None] - key[0][:, None, :])
-
-
-def _extended(cache: Cache, new: tuple[jax.Array, jax.Array], positions: jax.Array, segment: jax.Array) -> Cache:
-    """The cache with a call's keys and values `[L, R, T, K, Dh]` and their places in its next slots."""
-
-    def write(old: jax.Array, update: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, update, cache.used, axis=axis)
-
-    return Cache(
-        key=write(cache.key, new[0], 2),
-        value=write(cache.value, new[1], 2),
-        positions=write(cache.positions, positions, 1),
-        segment=write(cache.segment, segment, 1),
-        used=cache.used + positions.shape[1],
-    )

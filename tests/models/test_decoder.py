@@ -13,7 +13,8 @@ from tiny_decoders import CONFIGS, loud_params, tokens_of
 from jaxpo.errors import InputError
 from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.attention import visible
-from jaxpo.models.decoder import Decoder, abstract_params, empty_cache, head_weight, init_params
+from jaxpo.models.cache import empty_cache
+from jaxpo.models.decoder import Decoder, abstract_params, head_weight, init_params
 
 # Together: rotary scaling, a window everywhere or in some layers, normed queries, biases, post-norms, soft-caps.
 FAMILIES = ('llama3', 'qwen3-windowed', 'gemma2')
