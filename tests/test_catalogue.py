@@ -69,6 +69,8 @@ BROKEN = {
     'finite_differences': ('** 2, rewards', '** 2 + bent(rewards.chosen), rewards'),
     'padding_has_no_say': ('** 2, rewards', '** 2 + 0.1 * chosen.policy_logps.sum(axis=-1), rewards'),
     'pairs_are_coupled_as_it_says': ('** 2, rewards', '** 2 + 0.1 * rewards.chosen.mean(), rewards'),
+    'an_empty_slot_has_no_say': ('** 2, rewards', '** 2 + 0.1 / chosen.weights.sum(axis=-1), rewards'),
+    'it_can_leave_the_reference': ('1.0 - (rewards.chosen - rewards.rejected)', '(rewards.rejected - rewards.chosen)'),
     'every_option_changes_something': ('beta: float = 0.1', 'beta: float = 0.1, gamma: float = 1.0'),
     'shapes_are_as_agreed': ('** 2, rewards', '** 2 + jnp.zeros((2, 1)), rewards'),
     'it_is_documented': ('log-ratios.\n', 'log-ratios\n'),

@@ -16,21 +16,25 @@ import numpy as np
 
 from jaxpo.losses.contract import (
     PAIRS,
-    Example,
+    differentiated,
+    everything,
     example,
+    fields,
     losses_of,
+    replaced,
     settings,
+    total,
+    value_and_gradient,
     with_an_empty_slot,
     with_bent_entry,
     with_bent_field,
+    with_differentiated,
     with_noise_at_padding,
 )
 from jaxpo.losses.registry import Loss
 from jaxpo.losses.stopped import held_still
-from jaxpo.types import Completion
 
 STEP = 1e-6  # of central differences, nats
-DIFFERENTIATED = ('policy_logps', 'forward_kl', 'reverse_kl', 'entropy', 'log_sum_squares', 'masks')
 
 
 class Broken(Exception):
@@ -51,10 +55,10 @@ def finite_differences(entry: Loss) -> str:
     worst, cases = 0.0, list(settings(entry))
     for given in cases:
         sample = example(entry, given)
-        flat, unflatten = jax.flatten_util.ravel_pytree(_differentiated(sample))
+        flat, unflatten = jax.flatten_util.ravel_pytree(differentiated(sample))
 
         def function(vector, sample=sample, given=given, unflatten=unflatten):
-            return _total(entry, _with(sample, unflatten(vector)), given)
+            return total(entry, with_differentiated(sample, unflatten(vector)), given)
 
         nudges = STEP * jnp.eye(flat.size)
         ends = jax.jit(jax.vmap(held_still(function, flat)))(flat[None] + jnp.concatenate([nudges, -nudges]))
@@ -70,10 +74,10 @@ def padding_has_no_say(entry: Loss) -> str:
     """What stands at padding changes neither loss nor gradient, and gets no gradient."""
     sample = example(entry, {})
     sides = [with_noise_at_padding(side) for side in (sample.chosen, sample.rejected)]
-    clean, noisy = _value_and_gradient(entry, sample), _value_and_gradient(entry, _replaced(sample, *sides))
+    clean, noisy = value_and_gradient(entry, sample), value_and_gradient(entry, replaced(sample, *sides))
     _demand(clean[0] == noisy[0], f'the loss is {clean[0]} without and {noisy[0]} with noise at padding')
     for side, gradient in zip(sides, noisy[1]):
-        for name, slopes in _fields(gradient).items():
+        for name, slopes in fields(gradient).items():
             _demand(not np.any(np.where(side.weights == 0, slopes, 0)), f'padding has a gradient by {name}')
     return 'exactly'
 
@@ -83,8 +87,8 @@ def an_empty_slot_has_no_say(entry: Loss) -> str:
     sample = example(entry, {})
     longer = [with_an_empty_slot(side) for side in (sample.chosen, sample.rejected)]
     weights = jnp.arange(PAIRS + 1) < PAIRS
-    value, gradients = _value_and_gradient(entry, _replaced(sample, *longer), weights.astype(jnp.float64))
-    whole, _ = _value_and_gradient(entry, sample)
+    value, gradients = value_and_gradient(entry, replaced(sample, *longer), weights.astype(jnp.float64))
+    whole, _ = value_and_gradient(entry, sample)
     error = abs(float(value - whole))
     _demand(error <= 1e-12 * max(1.0, abs(float(whole))), f'the other losses change by {error:.1e}')
     for gradient in gradients:
@@ -101,17 +105,28 @@ def a_missing_side_has_no_say(entry: Loss) -> str:
     for which in (0, 1):
         sides = [sample.chosen, sample.rejected]
         sides[which] = sides[which].replace(weights=sides[which].weights.at[1].set(0.0))
-        value, gradients = _value_and_gradient(entry, _replaced(sample, *sides))
+        value, gradients = value_and_gradient(entry, replaced(sample, *sides))
         _demand(jnp.isfinite(value), 'the loss is not finite')
         _demand(not np.any(gradients[which].policy_logps[1]), 'the missing completion has a gradient')
     return 'exactly'
+
+
+def it_can_leave_the_reference(entry: Loss) -> str:
+    """Where the policy is the reference, loss and gradient are finite, and the gradient is not zero."""
+    sample = example(entry, {})
+    sides = [side.replace(policy_logps=side.reference_logps[0]) for side in (sample.chosen, sample.rejected)]
+    value, gradients = value_and_gradient(entry, replaced(sample, *sides))
+    norm = jnp.sqrt(sum(jnp.square(gradient.policy_logps).sum() for gradient in gradients))
+    _demand(jnp.isfinite(value) and jnp.isfinite(norm), f'the loss is {value}, the norm of its gradient {norm}')
+    _demand(norm > 0, 'the gradient is zero')
+    return f'loss {value / PAIRS:.4g} a pair'
 
 
 def references_are_read_as_it_says(entry: Loss) -> str:
     """The loss changes with the reference's log-probabilities exactly if `reads_reference`."""
     sample = example(entry, {})
     other = sample.chosen.replace(reference_logps=sample.chosen.reference_logps * 1.3 - 0.5)
-    changed = _total(entry, sample, {}) != _total(entry, _replaced(sample, other, sample.rejected), {})
+    changed = total(entry, sample, {}) != total(entry, replaced(sample, other, sample.rejected), {})
     says = entry.reads_reference_with({})
     _demand(changed == says, f'reads_reference is {says}, but the loss {"changes" if changed else "does not"}')
     return 'read' if says else 'not read'
@@ -121,7 +136,7 @@ def pairs_are_coupled_as_it_says(entry: Loss) -> str:
     """A pair's loss depends on other pairs exactly if `couples_batch`."""
     sample = example(entry, {})
     only = jnp.eye(PAIRS)[1]
-    before, gradients = _value_and_gradient(entry, sample, only)
+    before, gradients = value_and_gradient(entry, sample, only)
 
     def moved(side, shift):
         others = {name: moved(other, shift) for name, other in side.companions.items()}
@@ -129,7 +144,7 @@ def pairs_are_coupled_as_it_says(entry: Loss) -> str:
 
     # One side alone, both ways: a mean of margins does not move with both sides, nor every rank one way.
     touched = any(
-        _total(entry, _replaced(sample, moved(sample.chosen, shift), sample.rejected), {}, only) != before
+        total(entry, replaced(sample, moved(sample.chosen, shift), sample.rejected), {}, only) != before
         for shift in (-4.0, 4.0)
     )
     touched |= any(np.any(gradient.policy_logps[np.array([0, 2, 3])]) for gradient in gradients)
@@ -143,7 +158,7 @@ def pairs_are_coupled_as_it_says(entry: Loss) -> str:
 def what_it_needs_is_read(entry: Loss) -> str:
     """Every statistic, column, model and companion in `needs` changes the loss or its gradient."""
     sample, needs = example(entry, {}), entry.needs_of({})
-    before = _everything(entry, sample)
+    before = everything(entry, sample)
     names = [*needs.statistics, *(['masks'] if entry.token_masks else [])]
     changes: dict[str, Callable] = {name: lambda side, name=name: with_bent_field(side, name) for name in names}
     groups = {
@@ -155,7 +170,7 @@ def what_it_needs_is_read(entry: Loss) -> str:
     for role in sample.chosen.model_logps:
         changes[role] = lambda side, role=role: with_bent_entry(side, 'model_logps', role)
     for name, change in changes.items():
-        after = _everything(entry, _replaced(sample, change(sample.chosen), change(sample.rejected)))
+        after = everything(entry, replaced(sample, change(sample.chosen), change(sample.rejected)))
         _demand(not np.array_equal(before, after), f'{name} is needed, but changes nothing')
     return ', '.join(changes) or 'log-probabilities only'
 
@@ -176,7 +191,7 @@ def extremes_stay_finite(entry: Loss) -> str:
     for scale in (0.0, 1e4):
         sample = example(entry, {}, dtype=jnp.float32)
         sides = [side.replace(policy_logps=side.policy_logps * scale) for side in (sample.chosen, sample.rejected)]
-        value, gradients = _value_and_gradient(entry, _replaced(sample, *sides), jnp.ones(PAIRS, jnp.float32))
+        value, gradients = value_and_gradient(entry, replaced(sample, *sides), jnp.ones(PAIRS, jnp.float32))
         _demand(jnp.isfinite(value), f'at {scale:g} times the log-probabilities the loss is {value}')
         for gradient in gradients:
             _demand(jnp.isfinite(gradient.policy_logps).all(), f'at {scale:g} times them a gradient is not finite')
@@ -228,6 +243,7 @@ CHECKS = (
     padding_has_no_say,
     an_empty_slot_has_no_say,
     a_missing_side_has_no_say,
+    it_can_leave_the_reference,
     references_are_read_as_it_says,
     pairs_are_coupled_as_it_says,
     what_it_needs_is_read,
@@ -259,43 +275,3 @@ def run(entry: Loss) -> Iterator[Verdict]:
                 yield Verdict(statement, False, str(broken))
             except Exception as error:  # the loss is the user's: whatever it raises is the finding
                 yield Verdict(statement, False, f'{type(error).__name__}: {error}')
-
-
-def _total(entry: Loss, sample: Example, given: dict[str, Any], weights: jax.Array | None = None) -> jax.Array:
-    values, _ = losses_of(entry, sample, given)
-    return values.sum() if weights is None else (values * weights).sum()
-
-
-def _replaced(sample: Example, chosen: Completion, rejected: Completion) -> Example:
-    return dataclasses.replace(sample, chosen=chosen, rejected=rejected)
-
-
-def _value_and_gradient(entry: Loss, sample: Example, weights: jax.Array | None = None):
-    """The sum of losses, and its gradients by both completions."""
-
-    def function(chosen, rejected):
-        return _total(entry, _replaced(sample, chosen, rejected), {}, weights)
-
-    return jax.value_and_grad(function, argnums=(0, 1))(sample.chosen, sample.rejected)
-
-
-def _everything(entry: Loss, sample: Example) -> np.ndarray:
-    """The loss and all of its gradients, as one vector."""
-    value, gradients = _value_and_gradient(entry, sample)
-    return np.concatenate([np.ravel(value), *(np.ravel(leaf) for leaf in jax.tree.leaves(gradients))])
-
-
-def _fields(side: Completion) -> dict[str, jax.Array]:
-    """Arrays by token that a loss is differentiated by, by name."""
-    held = {name: getattr(side, name) for name in DIFFERENTIATED if name != 'masks'}
-    held |= {f'masks/{name}': mask for name, mask in side.masks.items()}
-    return {name: values for name, values in held.items() if values is not None}
-
-
-def _differentiated(sample: Example):
-    return [{name: getattr(side, name) for name in DIFFERENTIATED} for side in (sample.chosen, sample.rejected)]
-
-
-def _with(sample: Example, values) -> Example:
-    sides = [side.replace(**fields) for side, fields in zip((sample.chosen, sample.rejected), values)]
-    return _replaced(sample, *sides)

@@ -14,6 +14,7 @@ from jaxpo.types import Completion
 
 LENGTHS = {'chosen': (5, 2, 7, 1), 'rejected': (3, 6, 1, 7)}
 PAIRS, TOKENS, LAYERS, WIDTH, VOCABULARY = 4, 7, 3, 5, 50
+DIFFERENTIATED = ('policy_logps', 'forward_kl', 'reverse_kl', 'entropy', 'log_sum_squares', 'masks')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +157,47 @@ def with_bent_entry(side: Completion, group: str, name: str) -> Completion:
         other = held[name]
         held[name] = other.replace(policy_logps=_bent(other.policy_logps)) if group == 'companions' else _bent(other)
     return side.replace(**{group: held})
+
+
+def total(entry: Loss, sample: Example, given: dict[str, Any], weights: jax.Array | None = None) -> jax.Array:
+    """The sum of an example's losses, weighted where `weights [B]` are given."""
+    values, _ = losses_of(entry, sample, given)
+    return values.sum() if weights is None else (values * weights).sum()
+
+
+def replaced(sample: Example, chosen: Completion, rejected: Completion) -> Example:
+    """The example with other completions."""
+    return dataclasses.replace(sample, chosen=chosen, rejected=rejected)
+
+
+def value_and_gradient(entry: Loss, sample: Example, weights: jax.Array | None = None):
+    """The sum of losses, and its gradients by both completions."""
+
+    def function(chosen, rejected):
+        return total(entry, replaced(sample, chosen, rejected), {}, weights)
+
+    return jax.value_and_grad(function, argnums=(0, 1))(sample.chosen, sample.rejected)
+
+
+def everything(entry: Loss, sample: Example) -> np.ndarray:
+    """The loss and all of its gradients, as one vector."""
+    value, gradients = value_and_gradient(entry, sample)
+    return np.concatenate([np.ravel(value), *(np.ravel(leaf) for leaf in jax.tree.leaves(gradients))])
+
+
+def fields(side: Completion) -> dict[str, jax.Array]:
+    """Arrays by token that a loss is differentiated by, by name."""
+    held = {name: getattr(side, name) for name in DIFFERENTIATED if name != 'masks'}
+    held |= {f'masks/{name}': mask for name, mask in side.masks.items()}
+    return {name: values for name, values in held.items() if values is not None}
+
+
+def differentiated(sample: Example) -> list[dict[str, Any]]:
+    """All that a loss is differentiated by, of chosen and rejected."""
+    return [{name: getattr(side, name) for name in DIFFERENTIATED} for side in (sample.chosen, sample.rejected)]
+
+
+def with_differentiated(sample: Example, values: list[dict[str, Any]]) -> Example:
+    """The example with other values of what a loss is differentiated by."""
+    sides = [side.replace(**held) for side, held in zip((sample.chosen, sample.rejected), values)]
+    return replaced(sample, *sides)
