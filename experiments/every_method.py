@@ -38,7 +38,7 @@ from jaxpo.train import train
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 OUTPUT = 'runs/every_method'
-LOWER_LEARNING_RATES = {'dpop': 1e-4, 'ipo reduction=sum': 1e-4}
+LOWER_LEARNING_RATES = {'dpop': 1e-4, 'ipo reduction=sum': 1e-4, 'odpo': 1e-4}
 LOWER_LEARNING_RATES |= {'f_dpo divergence=alpha': 3e-5, 'f_dpo divergence=forward_kl': 3e-5}
 """Where the common one is too large for a loss that grows steeply with nats of a whole completion."""
 FROZEN = {'positive': ('sft', 'paired'), 'negative': ('sft', 'swapped'), 'margin': ('dpo', 'shorter')}
