@@ -15,7 +15,7 @@ from jaxpo.errors import InputError
 from jaxpo.evaluate import Sampled
 from jaxpo.experiment import Experiment
 from jaxpo.models.checkpoint import load_params, write_hugging_face
-from jaxpo.run import Run, Schedule, abstract_state, load_references, load_state, prepare, read_pairs
+from jaxpo.run import Run, Schedule, abstract_state, load_references, load_start, prepare, read_pairs
 from jaxpo.state import TrainState
 
 
@@ -101,7 +101,7 @@ def _export_dtype(run: Run) -> str:
 def _newest(run: Run) -> TrainState:
     """The newest checkpoint's state without its optimizer, or that at step 0 where nothing was trained."""
     shapes, shardings = abstract_state(run)
-    return _restored(run, lambda: load_references(run, shardings), shapes) or load_state(run).replace(opt_state=())
+    return _restored(run, lambda: load_references(run, shardings), shapes) or load_start(run)
 
 
 def _policy(run: Run):

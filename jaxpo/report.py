@@ -96,12 +96,17 @@ def _bytes(run: Run, pairs: Pairs, schedule: Schedule) -> list[tuple[str, str]]:
             )
             for name in run.config.references
         },
+        "method's own state and parts": sharding.bytes_per_device(
+            (shapes.method_state, shapes.method_params), (shardings.method_state, shardings.method_params)
+        ),
         'largest batch': sum(
             np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(batch)
         ),
     }
     return [
-        (name, bytes_text(size)) for name, size in {**sizes, 'total, activations aside': sum(sizes.values())}.items()
+        (name, bytes_text(size))
+        for name, size in {**sizes, 'total, activations aside': sum(sizes.values())}.items()
+        if size
     ]
 
 

@@ -242,12 +242,16 @@ def load_references(run: Run, shardings: TrainState, policy=None) -> dict[str, M
 
 def load_state(run: Run) -> TrainState:
     """The state at step 0, read from the models' sources into its shardings."""
-    shapes, shardings = abstract_state(run)
+    start, (_, shardings) = load_start(run), abstract_state(run)
+    return start.replace(opt_state=jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(start.trained))
+
+
+def load_start(run: Run) -> TrainState:
+    """The state at step 0 without its optimizer, as evaluation reads it."""
+    _, shardings = abstract_state(run)
     params = load_params(run.pretrained, shardings.params, run.config.train.seed)
     references = load_references(run, shardings, params)
-    method_state, method_params = jax.jit(
-        functools.partial(init_method, run), out_shardings=(shardings.method_state, shardings.method_params)
-    )()
+    method_shardings = (shardings.method_state, shardings.method_params)
+    method_state, method_params = jax.jit(functools.partial(init_method, run), out_shardings=method_shardings)()
     step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    start = TrainState(step, params, references, (), method_state, method_params)
-    return start.replace(opt_state=jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(start.trained))
+    return TrainState(step, params, references, (), method_state, method_params)

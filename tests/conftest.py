@@ -12,6 +12,13 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def compiled_programs_are_freed():
+    """Thousands of small programs would otherwise fill gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def registry_as_it_was():
     """Losses that a test registers are gone after it."""
