@@ -223,7 +223,7 @@ def loss(
       couples_batch: whether a pair's loss depends on the other pairs of the step.
       takes_unpaired: whether either completion of a pair may be missing.
       needs: what it reads beyond log-probabilities; a function of its structural words where it depends on them.
-      init_state: `() -> state`, float32 arrays that run along with training (moments). It couples the batch.
+      init_state: `() -> state`, float32 arrays that run along with training (moments), of losses that couple the batch.
       update_state: `(state, chosen, rejected, **hyperparameters) -> state`, before each step's loss; not in evaluation.
       init_params: `(key, layers, width, **words) -> params`, trained along with the policy at their own learning rate.
       token_masks: `(params, hidden [L, N, D]) -> {name: [N]}`, of the reference's hidden states behind each layer at N
@@ -240,6 +240,10 @@ def loss(
             raise InputError(
                 f'The loss {name!r} needs a docstring: its first line is shown wherever losses are listed.'
             )
+        if (init_state is None) != (update_state is None) or (init_state is not None and not couples_batch):
+            raise InputError(f'The loss {name!r} needs init_state, update_state and couples_batch together, or none.')
+        if token_masks is not None and init_params is None:
+            raise InputError(f'The loss {name!r} has token_masks, but no init_params to make them of.')
         if 'weight' in _keywords(function):
             raise InputError(
                 f'The loss {name!r} names a hyperparameter `weight`, which every loss has in an objective.'
