@@ -103,8 +103,24 @@ def prepare(experiment: Experiment) -> Run:
         for name, reference in settings.references.items()
         if reference.source != 'policy'
     }
+    _check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
     return Run(experiment, objective, mesh, pretrained, references, tokenizer, optimizer)
+
+
+def _check_vocabularies(objective: Objective, policy: Pretrained, references: Mapping[str, Pretrained]) -> None:
+    """InputError where a KL divergence is asked for between heads of different sizes (padded differently, say)."""
+    if not {'forward_kl', 'reverse_kl'} & {*objective.needs.statistics}:
+        return
+    ours = policy.architecture.vocabulary
+    for name in objective.references:
+        theirs = references.get(name, policy).architecture.vocabulary
+        if theirs != ours:
+            names = ', '.join(term.loss.name for term in objective.terms)
+            raise InputError(
+                f'references.{name}: its head has {theirs} entries and the policy {ours}, so that no KL divergence '
+                f'between them is defined, which {names} needs.'
+            )
 
 
 def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretrained:

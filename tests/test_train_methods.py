@@ -132,6 +132,17 @@ def test_unpaired_rows_are_refused_where_a_loss_needs_pairs(tmp_path):
         train.train(experiment)
 
 
+def test_a_kl_between_heads_of_different_sizes_is_refused(tmp_path):
+    tiny_runs.experiment(tmp_path)
+    padded = tiny_runs.CONFIG | {'vocab_size': 24}
+    tensors = tiny_runs.tiny_checkpoints.hugging_face_tensors(padded, seed=5)
+    tiny_runs.tiny_checkpoints.write_directory(tmp_path / 'padded', padded, tensors)
+    references = {'padded': Reference(str(tmp_path / 'padded'))}
+    run.prepare(tiny_runs.experiment(tmp_path, references=references))
+    with pytest.raises(InputError, match='its head has 24 entries and the policy 20'):
+        run.prepare(tiny_runs.experiment(tmp_path, references=references, objective={'tdpo1': {}}))
+
+
 def test_a_rate_for_parts_that_no_loss_has_is_refused(tmp_path):
     experiment = tiny_runs.experiment(tmp_path, optimizer=Optimizer(method_learning_rate=0.1))
     with pytest.raises(InputError, match='method_learning_rate is set, but dpo trains no parts'):
