@@ -173,11 +173,26 @@ def _print_whole(entry: Loss, given: Mapping[str, Any]) -> None:
     out.print(
         f'settings    {escape(", ".join(f"{k} {v}" for k, v in entry.hyperparameters(given).items()) or "none")}\n'
     )
+    for line in _parts(entry):
+        out.print(escape(line))
     margins, values, slopes = curve(entry, given)
     for label, heights in (('loss', values), ('slope', slopes)):
         out.print(_plot(label, margins, heights), markup=False)
     middle = len(margins) // 2
     out.print(f'At the reference the loss is {number(values[middle])} and its slope {number(slopes[middle])} a nat.')
+
+
+def _parts(entry: Loss) -> list[str]:
+    """Every choice of the loss's words that select a part, in a line: its name, hyperparameters of its own, summary."""
+    lines = []
+    for word, table in entry.parts.items():
+        common = set.intersection(*(set(entry.hyperparameters({word: name})) for name in table))
+        for name, function in table.items():
+            own = {key: value for key, value in entry.hyperparameters({word: name}).items() if key not in common}
+            settings = ''.join(f', {key} {value}' for key, value in own.items())
+            summary = ''.join((inspect.getdoc(function) or '').splitlines()[:1])
+            lines.append(f'{word} {name}{settings}: {summary}')
+    return [*lines, ''] if lines else []
 
 
 def curve(entry: Loss, given: Mapping[str, Any]) -> tuple[list[float], list[float], list[float]]:

@@ -40,6 +40,11 @@ def test_one_loss_is_shown_with_its_curve(capsys):
     assert 'At the reference the loss is 1 and its slope -2 a nat.' in text
 
 
+def test_a_loss_with_parts_shows_each_with_its_hyperparameters(capsys):
+    text = printed(['losses', 'mi', '--prior', 'r_dpo', '--length-penalty', '0.02'], capsys)
+    assert 'length_penalty 0.02' in text and 'prior h_dpo, entropy_weight 0.9: The reference, tempered.' in text
+
+
 def test_the_curve_is_the_loss_and_its_slope():
     margins, values, slopes = catalogue.curve(losses.find('dpo'), {'beta': 0.3})
     margins = np.asarray(margins)

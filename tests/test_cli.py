@@ -29,7 +29,7 @@ def error_of(arguments, capsys):
 def test_help_names_every_command_and_exit_code(capsys):
     assert cli.main(['--help']) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ('train', 'evaluate', 'sample', 'export', '--dry-run', 'exit codes'))
+    assert all(name in text for name in (*cli.COMMANDS, *cli.TOOLS, '--dry-run', 'exit codes'))
 
 
 @pytest.mark.parametrize('command', cli.COMMANDS)

@@ -104,10 +104,12 @@ def _win_probabilities(chosen, rejected, labels):
 
 
 def _hard_label(chosen: Completion, rejected: Completion):
+    """The pair's order is trusted."""
     return 1.0
 
 
 def _score_label(chosen: Completion, rejected: Completion, *, alpha: float = 1.0):
+    """As probable as the softmax of the scores at temperature alpha says."""
     return jax.nn.sigmoid((chosen.columns['score'] - rejected.columns['score']) / alpha)
 
 
