@@ -229,5 +229,5 @@ def odpo(completion: Completion, preferred_to: Completion | None, alpha, *, offs
     """
     if preferred_to is None:
         return _reference(completion)
-    ahead = jnp.maximum(completion.columns['score'] - preferred_to.columns['score'], margins.LEAST_DIFFERENCE)
-    return _reference(completion) + offset * jnp.log(ahead)[:, None] / (alpha * _length(completion))
+    ahead = margins.log_difference(completion, preferred_to)
+    return _reference(completion) + offset * ahead[:, None] / (alpha * _length(completion))

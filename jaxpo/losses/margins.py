@@ -1,5 +1,6 @@
 """Losses whose margin is shifted or scaled: by scores, by length, by temper."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxpo.losses import links, scores
@@ -24,8 +25,13 @@ def odpo(chosen: Completion, rejected: Completion, *, beta: float = 0.5, alpha: 
     Unverified: the offset is as the authors' code has it; the paper itself was not at hand.
     """
     rewards = scores.rewards(scores.log_ratio, chosen, rejected, beta)
-    difference = jnp.maximum(chosen.columns['score'] - rejected.columns['score'], LEAST_DIFFERENCE)
-    return links.logistic(rewards.chosen - rewards.rejected - alpha * jnp.log(difference)), rewards
+    offset = alpha * log_difference(chosen, rejected)
+    return links.logistic(rewards.chosen - rewards.rejected - offset), rewards
+
+
+def log_difference(chosen: Completion, rejected: Completion) -> jax.Array:
+    """log(score(chosen) - score(rejected)), `[B]`; a difference below 1e-6 counts as that."""
+    return jnp.log(jnp.maximum(chosen.columns['score'] - rejected.columns['score'], LEAST_DIFFERENCE))
 
 
 @loss('Park et al. 2024, arXiv:2403.19159, Eq. 9')
