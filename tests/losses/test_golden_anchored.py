@@ -8,7 +8,7 @@ from losses import oracles
 
 from jaxpo import losses, objective
 from jaxpo.errors import InputError
-from jaxpo.losses import anchored, conditional, contract, links, multi_objective, pairwise
+from jaxpo.losses import anchored, conditional, contract, links, multi_objective, pairwise, scores
 from jaxpo.types import Completion
 
 # Log-probabilities (chosen, rejected) of a run's models: policy, primary reference, and what came before.
@@ -57,6 +57,21 @@ def slopes(loss, pair, **hyperparameters):
 def oracle_values(name, pair, **hyperparameters):
     sides = [[oracles.side_of(side, index) for index in range(side.weights.shape[0])] for side in pair]
     return [oracles.ORACLES[name](*each, **hyperparameters) for each in zip(*sides)]
+
+
+# -- dpo, on the same pair ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('reference, golden', [(PRIMARY, 0.5130152524), ((-35.0, -58.0), 1.3873353251)])
+def test_dpo_golden_against_each_reference(reference, golden):
+    pair = [completion(POLICY[side], reference[side]) for side in (0, 1)]
+    assert value(pairwise.dpo, pair, beta=0.1) == pytest.approx(golden, rel=1e-9)
+
+
+def test_selm_golden_is_dpo_and_the_log_ratio_of_a_fresh_completion():
+    """SELM adds alpha * beta * log_ratio of one more completion, which it makes less likely."""
+    fresh = float(scores.log_ratio(completion(-30.0, -31.0))[0])
+    assert value(pairwise.dpo, primary(), beta=0.01) + 0.001 * 0.01 * fresh == pytest.approx(0.6733571672, rel=1e-9)
 
 
 # -- anchored ---------------------------------------------------------------------------------------------------------
