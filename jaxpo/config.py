@@ -19,6 +19,8 @@ class Model:
     """Hub revision; a commit hash keeps a run reproducible. Only for hub ids."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer, where the model's source has none."""
+    adapter: str | None = None
+    """Directory of a PEFT LoRA adapter that is merged into the weights when they are read."""
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     """Compute dtype of the policy and the references. Master weights and log-probabilities are float32 always."""
     remat: Literal['none', 'dots', 'full'] = 'full'
@@ -26,11 +28,48 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = 0
+    """Rank of the adapters that are trained in place of the weights; 0 trains the weights."""
+    alpha: float = 16.0
+    """Adapters' updates are multiplied by alpha / rank."""
+    targets: tuple[Literal['query', 'key', 'value', 'output', 'gate', 'up', 'down'], ...] = (
+        'query',
+        'key',
+        'value',
+        'output',
+        'gate',
+        'up',
+        'down',
+    )
+    """Matrices of each layer that get an adapter."""
+    zero: Literal['a', 'b'] = 'a'
+    """Which factor of B A x starts at 0, the other being random: starts with B = 0, as elsewhere, were seen to stall on
+    TPU meshes."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Reference:
     source: str = 'policy'
-    """`policy` (a frozen copy of the policy's first weights) or any source a model may have."""
+    """`policy` (its first weights: a frozen copy, or its adapter switched off) or any source a model may have."""
     revision: str | None = None
     """Hub revision, as for the model."""
+    tokenizer: str | None = None
+    """Directory or hub id of its tokenizer, where its source has none."""
+    adapter: str | None = None
+    """Directory of a PEFT LoRA adapter that is merged into the weights when they are read."""
+    table: bool = False
+    """Read its log-probabilities from a table on disk (computed where missing), and hold no weights of it. A model
+    with another tokenizer than the policy can be read from a table only."""
+    dtype: Literal['model', 'float32', 'bfloat16'] = 'model'
+    """Dtype its matrices are held in; `model` is the compute dtype."""
+    memory: Literal['device', 'pinned_host'] = 'device'
+    """Where its weights lie between uses: on the accelerator, or in the host's memory, fetched at each step."""
+    update_every: int | None = None
+    """Steps between updates towards the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656); None keeps it
+    frozen."""
+    update_rate: float = 0.6
+    """Share of the policy in an update: 1 copies it (hard), less takes a step towards it (soft). TR-DPO: 0.5 to 0.6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +79,16 @@ class Data:
     completion, label) are taken where all losses take them."""
     evaluation: str | None = None
     """Held-out pairs, as above."""
+    validation: str | None = None
+    """Pairs that choose mixing weights before training (vdw, vaw) or judge them during it (tsw), as above."""
     train_split: str = 'train'
     """Split of a hub data set to train on."""
     evaluation_split: str = 'test'
     """Split of a hub data set to evaluate on."""
+    validation_split: str = 'validation'
+    """Split of a hub data set that validates mixing weights."""
     revision: str | None = None
-    """Hub revision of both."""
+    """Hub revision of all."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """Where the data name a column otherwise than the loss: `{'chosen_score': 'score_chosen'}`."""
     max_prompt_tokens: int = 512
@@ -160,6 +203,8 @@ class Sample:
 class Export:
     directory: str = 'export'
     """Where `jaxpo export` writes the Hugging Face directory, within the run's directory unless absolute."""
+    form: Literal['model', 'adapter'] = 'model'
+    """The whole model, a trained adapter merged into it; or the adapter alone, as PEFT reads it."""
     dtype: Literal['source', 'float32', 'bfloat16'] = 'source'
     """Dtype of the written tensors; `source` is that of the model's source."""
     max_shard_gigabytes: float = 5.0
@@ -171,11 +216,15 @@ class Config:
     output: str
     """Directory of the run: config, report, metrics, checkpoints."""
     model: Model = Model()
+    lora: Lora = Lora()
     references: dict[str, Reference] = dataclasses.field(default_factory=lambda: {'initial': Reference()})
     """Frozen models the policy is measured against, by name. One that no loss reads serves evaluation only (the KL to
     it); `{}` holds none."""
     objective: dict[str, dict[str, Scalar]] = dataclasses.field(default_factory=lambda: {'dpo': {}})
-    """Losses by name, each with its hyperparameters and a `weight`."""
+    """Losses by name, each with its hyperparameters and a `weight`; and, where there are several references, the
+    `mixture` that makes one of them (`jaxpo.references.mixture`)."""
+    tables: str = 'runs/reference_tables'
+    """Directory of the tables of reference log-probabilities, which runs share."""
     data: Data = Data()
     rows: Rows = Rows()
     optimizer: Optimizer = Optimizer()

@@ -10,6 +10,9 @@ import flax.struct
 import jax
 import numpy as np
 
+TABLE_STATISTICS = ('logps', 'entropy')
+"""Numbers a token that a table of a reference may hold."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
@@ -35,6 +38,9 @@ class Pair:
     float32 vector with one for each token of a completion (`chosen_segment`)."""
     companions: dict[str, Sequence] = dataclasses.field(default_factory=dict)
     """Further sequences that are scored with the pair, by the name a loss knows them by."""
+    table: dict[str, dict[str, dict[str, np.ndarray]]] = dataclasses.field(default_factory=dict)
+    """What reference tables say: completion (`chosen`, `rejected`, a companion's name) -> reference -> statistic of
+    TABLE_STATISTICS -> float32 vector, one number a token; `length` is one number."""
 
 
 @flax.struct.dataclass
@@ -67,6 +73,8 @@ class Batch:
     pair_weight: jax.Array  # [R, P] float32: 1 for a pair, 0 for an empty slot
     pair_index: jax.Array  # [R, P] int32: the pair's index in the data set; -1 for an empty slot
     columns: dict[str, jax.Array]  # name -> [R, P] float32, or [R, P, C] for one number a completion token
+    table: dict[str, dict[str, dict[str, jax.Array]]] = flax.struct.field(default_factory=dict)
+    """As `Pair.table`: float32 `[R, P, C]`, 0 where weightless; `length` is `[R, P]`."""
 
 
 @flax.struct.dataclass
@@ -105,6 +113,10 @@ class Completion:
     masks: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
     """`[B, C]` by name: what the loss's `token_masks` made of the reference's hidden states."""
     prompt_hidden: jax.Array | None = None  # [B, D]: the policy's last hidden state of the prompt; not differentiated
+    by_reference: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+    """`[K, B, C]`: `forward_kl`, `reverse_kl`, `reference_entropy` of each reference, before one is made of them."""
+    reference_lengths: jax.Array | None = None  # [K, B]: tokens by each one's own tokenizer; None: all as the policy's
+    mixing_weights: jax.Array | None = None  # [K, B], sum 1 over K; for losses that take many references as they are
     companions: dict[str, 'Completion'] = flax.struct.field(default_factory=dict)
     """Further completions scored with the pair, by name (`mismatched`, `corrupted`); the chosen side holds them."""
     vocabulary: int = flax.struct.field(pytree_node=False, default=0)  # V of the policy's head
