@@ -78,11 +78,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Audited pairs, and the audit's reports by split."""
+    """Audited pairs; by split, the audit's reports and the rows that were read, which `Pair.row` counts."""
 
     train: list[Pair]
     evaluation: list[Pair]
     reports: dict[str, dict]
+    validation: list[Pair] = dataclasses.field(default_factory=list)
+    rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)
 
 
 def prepare(experiment: Experiment) -> Run:
@@ -133,20 +135,24 @@ def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretra
 
 
 def read_pairs(run: Run, *, train: bool = True) -> Pairs:
-    """Reads and audits the training and evaluation pairs. InputError where the audit refuses them."""
-    data, settings, wanted = run.config.data, run.config.rows, wanted_of(run.objective)
-    train_pairs, evaluation_pairs, reports = [], [], {}
-    if train:
-        raw = sources.read_rows(data.train, data.train_split, data.revision)
-        train_pairs, reports['train'] = audit.audit(raw, run.tokenizer, data, settings, wanted=wanted)
+    """Reads and audits the training, validation and evaluation pairs. InputError where the audit refuses them."""
+    data, wanted, reports, raw = run.config.data, wanted_of(run.objective), {}, {}
+
+    def audited(name: str, source: str, split: str, **others: Sequence[Pair]) -> list[Pair]:
+        raw[name] = sources.read_rows(source, split, data.revision)
+        pairs, reports[name] = audit.audit(raw[name], run.tokenizer, data, run.config.rows, wanted=wanted, **others)
+        return pairs
+
+    training = audited('train', data.train, data.train_split) if train else []
+    validation, evaluation = [], []
+    if data.validation:
+        validation = audited('validation', data.validation, data.validation_split, training=training)
     if data.evaluation:
-        raw = sources.read_rows(data.evaluation, data.evaluation_split, data.revision)
-        evaluation_pairs, reports['evaluation'] = audit.audit(
-            raw, run.tokenizer, data, settings, wanted=wanted, training=train_pairs
-        )
-        evaluation_pairs = evaluation_pairs[: run.config.evaluate.pairs]
-    _check_positions(run, [*train_pairs, *evaluation_pairs])
-    return Pairs(train_pairs, evaluation_pairs, reports)
+        others = {'training': training, 'validation': validation}
+        evaluation = audited('evaluation', data.evaluation, data.evaluation_split, **others)
+        evaluation = evaluation[: run.config.evaluate.pairs]
+    _check_positions(run, [*training, *validation, *evaluation])
+    return Pairs(training, evaluation, reports, validation, raw)
 
 
 def wanted_of(objective: Objective) -> Wanted:

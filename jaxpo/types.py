@@ -33,6 +33,7 @@ class Pair:
     chosen: np.ndarray
     rejected: np.ndarray
     index: int  # its place in the audited data set
+    row: int = dataclasses.field(default=-1, kw_only=True)  # its place among the rows that were read; -1: of none
     columns: dict[str, float | np.ndarray] = dataclasses.field(default_factory=dict)
     """Numbers of its row by column name: one for the pair (`margin`) or for a completion (`chosen_score`), or a
     float32 vector with one for each token of a completion (`chosen_segment`)."""

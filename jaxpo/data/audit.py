@@ -6,7 +6,7 @@ Masks and ends come from lengths and rules, never from token ids, so nothing her
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -55,6 +55,8 @@ NOTES = (
     'contradiction',
     'prompt also in training',
     'pair also in training',
+    'prompt also in validation',
+    'pair also in validation',
 )
 NAMED_ROWS = 5
 
@@ -74,6 +76,7 @@ def audit(
     *,
     wanted: Wanted = NOTHING,
     training: Sequence[Pair] = (),
+    validation: Sequence[Pair] = (),
 ) -> tuple[list[Pair], dict]:
     """Pairs that can be trained on, indexed 0.. in the order of their rows, and a report of all rows.
 
@@ -83,6 +86,7 @@ def audit(
     Args:
       wanted: what else of the data the objective's losses read; pairs have exactly these columns and companions.
       training: pairs that held-out rows should not share.
+      validation: pairs that choose mixing weights, which rows that judge the result should not share.
 
     Raises:
       InputError: wrong columns or settings, a number that is none, no row left, any row rejected where `bad_rows` is
@@ -93,11 +97,12 @@ def audit(
     check_tokenizer(tokenizer)
     check_wanted(wanted, data.columns)
     check_columns(rows, wanted, data.columns)
-    kept, ledger, seen = [], _Ledger(), _Seen(training)
-    for row in rows:
+    kept, ledger, seen = [], _Ledger(), _Seen({'training': training, 'validation': validation})
+    for place, row in enumerate(rows):
         try:
             tokenized, pair = _pair(row, tokenizer, data, wanted)
             _check_pair(pair, rows_config)
+            pair = dataclasses.replace(pair, row=place)
             kept.append(_Kept(pair, row.origin, [*_fitting_notes(tokenized), *seen.add(pair)]))
         except Rejection as rejection:
             ledger.reject(row.origin, rejection)
@@ -121,12 +126,12 @@ class _Ledger:
 
 
 class _Seen:
-    """What earlier rows and the training pairs hold, by the bytes of their ids."""
+    """What earlier rows and the pairs of other splits hold, by the bytes of their ids."""
 
-    def __init__(self, training: Sequence[Pair]):
+    def __init__(self, splits: Mapping[str, Sequence[Pair]]):
         self.rows, self.prompts, self.preferences = set(), set(), set()
-        self.training_prompts = {pair.prompt.tobytes() for pair in training}
-        self.training_pairs = {_preference(pair) for pair in training}
+        self.split_prompts = {split: {pair.prompt.tobytes() for pair in pairs} for split, pairs in splits.items()}
+        self.split_pairs = {split: {_preference(pair) for pair in pairs} for split, pairs in splits.items()}
 
     def add(self, pair: Pair) -> list[str]:
         """Notes about a pair, which is remembered. Rejection: an equal row, columns included, came before."""
@@ -137,8 +142,8 @@ class _Seen:
         holds = {
             'duplicate prompt': prompt in self.prompts,
             'contradiction': (preference[0], preference[2], preference[1]) in self.preferences,
-            'prompt also in training': prompt in self.training_prompts,
-            'pair also in training': preference in self.training_pairs,
+            **{f'prompt also in {split}': prompt in prompts for split, prompts in self.split_prompts.items()},
+            **{f'pair also in {split}': preference in pairs for split, pairs in self.split_pairs.items()},
         }
         self.rows.add(row)
         self.prompts.add(prompt)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxpo import config
-from jaxpo.errors import InputError
+from jaxpo.errors import InputError, unknown
 from jaxpo.types import Batch, Pair, Places
 
 
@@ -143,10 +143,12 @@ def run_shapes(
 def fill_rows(pairs: Sequence[Pair], rows: config.Rows, *, row_multiple: int = 1) -> Batch:
     """Pairs in rows: every array of types.Batch as numpy, with a leading axis of microbatches: [A, R, ...].
 
-    A pair lies within one row, a slot without a pair has weight 0. InputError: a pair longer than every row, or with
-    other columns or companions than the first.
+    A pair lies within one row, a slot without a pair has weight 0. InputError: a pair longer than every row, with
+    other columns, companions or table than the first, or with a table of other lengths than its completions have.
     """
     _check_names(pairs)
+    for pair in pairs:
+        _check_table(pair)
     shape, row_of = plan_rows(lengths_of(pairs), rows, row_multiple)
     batch = _empty(shape, pairs[0])
     spots = [_Spot(row) for row in range(shape.microbatches * shape.rows)]
@@ -156,12 +158,41 @@ def fill_rows(pairs: Sequence[Pair], rows: config.Rows, *, row_multiple: int = 1
 
 
 def _check_names(pairs: Sequence[Pair]) -> None:
-    for kind in ('columns', 'companions'):
-        first = list(getattr(pairs[0], kind)) if pairs else []
+    for kind, names_of in (('columns', list), ('companions', list), ('table', _table_names)):
+        first = names_of(getattr(pairs[0], kind)) if pairs else []
         for pair in pairs:
-            names = list(getattr(pair, kind))
+            names = names_of(getattr(pair, kind))
             if names != first:
                 raise InputError(f'Pair {pair.index} has the {kind} {names}, but pair {pairs[0].index} has {first}.')
+
+
+def _table_names(table: dict) -> list[str]:
+    """What a pair's table holds, sorted: `chosen.big.logps`, and `[]` behind it where it is a number a token."""
+    return sorted(
+        f'{completion}.{reference}.{statistic}{"[]" if np.ndim(value) else ""}'
+        for completion, references in table.items()
+        for reference, statistics in references.items()
+        for statistic, value in statistics.items()
+    )
+
+
+def _check_table(pair: Pair) -> None:
+    """InputError for a table of completions the pair does not know, or with another number of tokens than they have.
+
+    A completion that is not there has empty vectors.
+    """
+    others = {name: other.completion for name, other in pair.companions.items()}
+    completions = {'chosen': pair.chosen, 'rejected': pair.rejected, **others}
+    for name, references in pair.table.items():
+        if name not in completions:
+            raise unknown(f'completion of the table of pair {pair.index}', name, completions)
+        for reference, statistics in references.items():
+            for statistic, value in statistics.items():
+                if np.ndim(value) and np.shape(value) != completions[name].shape:
+                    raise InputError(
+                        f'Pair {pair.index}: its table has {np.size(value)} {statistic} of {name} by {reference}, '
+                        f'which has {completions[name].size} tokens.'
+                    )
 
 
 @dataclasses.dataclass
@@ -176,10 +207,14 @@ class _Spot:
 
 
 def _empty(shape: Shape, pair: Pair) -> Batch:
-    """A batch without pairs, its rows not yet split into microbatches, for pairs with columns such as `pair` has."""
+    """A batch without pairs, its rows not yet split into microbatches, for pairs with numbers such as `pair` has."""
     count = shape.microbatches * shape.rows
     tokens, scored, slots = (count, shape.tokens), (count, shape.scored), (count, shape.slots)
     completions = (*slots, shape.tokens)
+
+    def numbers(value: float | np.ndarray) -> np.ndarray:
+        return np.zeros(completions if np.ndim(value) else slots, np.float32)
+
     return Batch(
         **{name: np.zeros(tokens, np.int32) for name in ('tokens', 'positions', 'segment', 'branch')},
         **{name: np.zeros(scored, np.int32) for name in ('source', 'target')},
@@ -187,7 +222,8 @@ def _empty(shape: Shape, pair: Pair) -> Batch:
         companions={name: _nowhere(completions) for name in pair.companions},
         pair_weight=np.zeros(slots, np.float32),
         pair_index=np.full(slots, -1, np.int32),
-        columns={name: np.zeros(completions if np.ndim(v) else slots, np.float32) for name, v in pair.columns.items()},
+        columns=jax.tree.map(numbers, pair.columns),
+        table=jax.tree.map(numbers, pair.table),
     )
 
 
@@ -213,11 +249,11 @@ def _write_pair(batch: Batch, pair: Pair, spot: _Spot, *, shared: bool) -> None:
             _write_segment(batch, spot, other.prompt, [(batch.companions[name], other.completion, 1)])
     batch.pair_weight[spot.row, spot.slot] = 1
     batch.pair_index[spot.row, spot.slot] = pair.index
-    for name, value in pair.columns.items():
+    for array, value in zip(*(jax.tree.leaves((holder.columns, holder.table)) for holder in (batch, pair))):
         if np.ndim(value):
-            batch.columns[name][spot.row, spot.slot, : value.size] = value
+            array[spot.row, spot.slot, : value.size] = value
         else:
-            batch.columns[name][spot.row, spot.slot] = value
+            array[spot.row, spot.slot] = value
     spot.slot += 1
 
 
