@@ -37,6 +37,18 @@ def mean_log_ratio(completion: Completion) -> jax.Array:
     return log_ratio(completion) / length(completion)
 
 
+def reference_logps(completion: Completion) -> jax.Array:
+    """Log-probability of the completion under each reference, nats, `[K, B]`."""
+    return (completion.weights * completion.reference_logps).sum(axis=-1)
+
+
+def mean_reference_logps(completion: Completion) -> jax.Array:
+    """Log-probability of the completion per token of each reference's own, nats, `[K, B]`."""
+    lengths = completion.reference_lengths
+    lengths = length(completion) if lengths is None else jnp.maximum(lengths, 1.0)
+    return reference_logps(completion) / lengths
+
+
 def tempered_log_ratio(completion: Completion, alpha: jax.Array | float) -> jax.Array:
     """alpha * log pi - log pi_ref of the completion, nats; exactly `log_ratio` at alpha = 1."""
     (reference_logps,) = completion.reference_logps
