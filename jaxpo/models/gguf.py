@@ -153,7 +153,7 @@ def tensors(reader: Any, config: dict[str, Any], path: pathlib.Path) -> Tensors:
         tensor, rows = sources[name]
         return _dequantise(tensor, rows, shapes[name], index)
 
-    return Tensors(shapes, 'float32', read)
+    return Tensors(shapes, 'float32', read, (path,))
 
 
 def _hugging_face_name(name: str) -> tuple[str, str]:

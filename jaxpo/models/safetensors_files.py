@@ -28,6 +28,7 @@ class Tensors:
     shapes: Mapping[str, tuple[int, ...]]
     dtype: str  # float32, bfloat16 or float16: what holds every tensor without loss
     read: Callable[[str, tuple[slice, ...]], np.ndarray]
+    files: tuple[pathlib.Path, ...]  # that hold them
 
 
 def inside(root: pathlib.Path, name: str) -> pathlib.Path:
@@ -75,7 +76,8 @@ def open_directory(root: pathlib.Path) -> Tensors:
     slices = {tensor: files[name].get_slice(tensor) for name, tensors in held.items() for tensor in tensors}
     shapes = {tensor: tuple(entry.get_shape()) for tensor, entry in slices.items()}
     dtype = _common_dtype(root, {tensor: entry.get_dtype() for tensor, entry in slices.items()})
-    return Tensors(shapes, dtype, lambda name, index: slices[name][index])
+    paths = tuple(root / name for name in names)
+    return Tensors(shapes, dtype, lambda name, index: slices[name][index], paths)
 
 
 def _single(root: pathlib.Path) -> str:
