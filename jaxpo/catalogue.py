@@ -153,7 +153,8 @@ def facts(entry: Loss) -> list[str]:
         'model': needs.models,
         'companion': needs.companions,
     }
-    found = ['reference'] * entry.reads_reference_with({}) + [name.replace('_', ' ') for name in needs.statistics]
+    reference = 'several references' if entry.many_references else 'reference'
+    found = [reference] * entry.reads_reference_with({}) + [name.replace('_', ' ') for name in needs.statistics]
     found += [f'{kind} {name}' for kind, names in groups.items() for name in names]
     flags = {
         'all pairs of a step': entry.couples_batch,
@@ -216,7 +217,8 @@ def _at_margin(sample: Example, margin: jax.Array) -> Example:
         length = scores.length(side)[:, None]
         # Far enough below 0 that no log-probability becomes positive on the way.
         reference = -2 * REACH / length * side.weights
-        return side.replace(policy_logps=reference + share / length * side.weights, reference_logps=reference[None])
+        references = jnp.broadcast_to(reference[None], side.reference_logps.shape)
+        return side.replace(policy_logps=reference + share / length * side.weights, reference_logps=references)
 
     return dataclasses.replace(
         sample, chosen=moved(sample.chosen, margin / 2), rejected=moved(sample.rejected, -margin / 2)

@@ -4,6 +4,7 @@ from jaxpo.losses import anchored as anchored
 from jaxpo.losses import batch as batch
 from jaxpo.losses import conditional as conditional
 from jaxpo.losses import known_priors as known_priors
+from jaxpo.losses import many as many
 from jaxpo.losses import margins as margins
 from jaxpo.losses import masks as masks
 from jaxpo.losses import moments as moments

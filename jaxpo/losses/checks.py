@@ -129,7 +129,14 @@ def references_are_read_as_it_says(entry: Loss) -> str:
     changed = total(entry, sample, {}) != total(entry, replaced(sample, other, sample.rejected), {})
     says = entry.reads_reference_with({})
     _demand(changed == says, f'reads_reference is {says}, but the loss {"changes" if changed else "does not"}')
-    return 'read' if says else 'not read'
+    if not entry.many_references:
+        return 'read' if says else 'not read'
+    for name in ('reference_logps', 'mixing_weights'):
+        for k in range(len(getattr(sample.chosen, name))):
+            bent = sample.chosen.replace(**{name: getattr(sample.chosen, name).at[k].multiply(1.3)})
+            changed = total(entry, sample, {}) != total(entry, replaced(sample, bent, sample.rejected), {})
+            _demand(changed, f'many_references is True, but the loss does not change with {name}[{k}]')
+    return 'read, one by one, and their weights'
 
 
 def pairs_are_coupled_as_it_says(entry: Loss) -> str:

@@ -13,7 +13,7 @@ from jaxpo.losses.registry import Loss, Needs
 from jaxpo.types import Completion
 
 LENGTHS = {'chosen': (5, 2, 7, 1), 'rejected': (3, 6, 1, 7)}
-PAIRS, TOKENS, LAYERS, WIDTH, VOCABULARY = 4, 7, 3, 5, 50
+PAIRS, TOKENS, LAYERS, WIDTH, VOCABULARY, REFERENCES = 4, 7, 3, 5, 50, 3
 DIFFERENTIATED = ('policy_logps', 'forward_kl', 'reverse_kl', 'entropy', 'log_sum_squares', 'masks')
 
 
@@ -39,7 +39,10 @@ def settings(entry: Loss) -> Iterator[dict[str, Any]]:
 
 
 def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.float64) -> Example:
-    """Four pairs of unequal lengths, with everything the loss needs under the hyperparameters `given`."""
+    """Four pairs of unequal lengths, with everything the loss needs under the hyperparameters `given`.
+
+    There is one reference, or three with mixing weights for a loss that reads many.
+    """
     needs = entry.needs_of(given)
     random = np.random.default_rng(seed)
     margins = {name: jnp.asarray(random.uniform(0.2, 1.5, PAIRS), dtype) for name in needs.pair_columns}
@@ -53,6 +56,8 @@ def example(entry: Loss, given: dict[str, Any], seed: int = 0, dtype: Any = jnp.
     # A completion column is higher for the chosen side, as a score is; odpo has no loss where it is not.
     for name in needs.completion_columns:
         sides[0].columns[name] = sides[1].columns[name] + jnp.asarray(random.uniform(0.2, 0.5, PAIRS), dtype)
+    if entry.many_references:
+        sides = _with_many_references(random, *sides)
     extra, key = {}, jax.random.key(seed)
     if entry.init_state is not None:
         extra['state'] = jax.tree.map(lambda x: jnp.asarray(x, dtype) + jnp.asarray(0.3, dtype), entry.init_state())
@@ -100,6 +105,18 @@ def _completion(random, lengths, needs: Needs, margins, dtype) -> Completion:
         companions={name: _completion(random, lengths, Needs(), {}, dtype) for name in needs.companions},
         vocabulary=VOCABULARY,
     )
+
+
+def _with_many_references(random, chosen: Completion, rejected: Completion) -> list[Completion]:
+    """Both sides with further references, and the pair's weights of all."""
+
+    def more(side):
+        logps = -random.exponential(1.5, (REFERENCES - 1, PAIRS, TOKENS))
+        logps = jnp.concatenate([side.reference_logps, jnp.asarray(logps, side.weights.dtype)])
+        return side.replace(reference_logps=logps, mixing_weights=weights)
+
+    weights = jnp.asarray(random.dirichlet(np.ones(REFERENCES), PAIRS).T, chosen.weights.dtype)
+    return [more(side) for side in (chosen, rejected)]
 
 
 def _masked(entry: Loss, params, side: Completion, random, dtype) -> Completion:

@@ -94,6 +94,8 @@ class Loss:
     """Whether a pair's loss depends on the other pairs: it is then given all pairs of the step at once."""
     takes_unpaired: bool
     """Whether one side of a pair may be missing (all its weights 0)."""
+    many_references: bool
+    """Whether it reads all K references and `mixing_weights` rather than one mixture of them."""
     needs: Needs | Callable[..., Needs]
     init_state: Callable | None
     update_state: Callable | None
@@ -205,6 +207,7 @@ def loss(
     normaliser: Literal['pairs', 'tokens', 'completions'] = 'pairs',
     couples_batch: bool = False,
     takes_unpaired: bool = False,
+    many_references: bool = False,
     needs: Needs | Callable[..., Needs] = Needs(),
     init_state: Callable | None = None,
     update_state: Callable | None = None,
@@ -222,6 +225,7 @@ def loss(
       normaliser: what a step's sum of losses is divided by.
       couples_batch: whether a pair's loss depends on the other pairs of the step.
       takes_unpaired: whether either completion of a pair may be missing.
+      many_references: whether it reads all K references and `mixing_weights` rather than one mixture of them.
       needs: what it reads beyond log-probabilities; a function of its structural words where it depends on them.
       init_state: `() -> state`, float32 arrays that run along with training (moments), of losses that couple the batch.
       update_state: `(state, chosen, rejected, **hyperparameters) -> state`, before each step's loss; not in evaluation.
@@ -244,6 +248,8 @@ def loss(
             raise InputError(f'The loss {name!r} needs init_state, update_state and couples_batch together, or none.')
         if token_masks is not None and init_params is None:
             raise InputError(f'The loss {name!r} has token_masks, but no init_params to make them of.')
+        if many_references and reads_reference is not True:
+            raise InputError(f'The loss {name!r} has many_references, so reads_reference is True.')
         if 'weight' in _keywords(function):
             raise InputError(
                 f'The loss {name!r} names a hyperparameter `weight`, which every loss has in an objective.'
@@ -255,6 +261,7 @@ def loss(
             normaliser,
             couples_batch,
             takes_unpaired,
+            many_references,
             needs,
             init_state,
             update_state,

@@ -23,8 +23,14 @@ def logp(completion: Completion) -> jax.Array:
 
 def log_ratio(completion: Completion) -> jax.Array:
     """log pi - log pi_ref of the completion, nats. Tokens are subtracted before they are summed: exact at 0."""
-    (reference_logps,) = completion.reference_logps
-    return (completion.weights * (completion.policy_logps - reference_logps)).sum(axis=-1)
+    (ratio,) = log_ratios(completion)
+    return ratio
+
+
+def log_ratios(completion: Completion) -> jax.Array:
+    """log pi - log pi_ref of the completion for each reference, nats, `[K, B]`; subtracted by token, as above."""
+    by_token = completion.policy_logps[None] - completion.reference_logps
+    return (completion.weights[None] * by_token).sum(axis=-1)
 
 
 def mean_logp(completion: Completion) -> jax.Array:

@@ -120,7 +120,8 @@ def test_gradient_equals_finite_differences_of_the_oracle(double, name, options)
 @pytest.mark.parametrize('name', sorted(oracles.AT_REFERENCE))
 def test_closed_form_at_the_reference_with_a_gradient(double, name):
     sample = contract.example(losses.find(name), {})
-    alike = sample.chosen.replace(reference_logps=sample.chosen.policy_logps[None])
+    policy, references = sample.chosen.policy_logps[None], sample.chosen.reference_logps
+    alike = sample.chosen.replace(reference_logps=jnp.broadcast_to(policy, references.shape))
     value, gradients = jax.value_and_grad(total(name, {}, sample), argnums=(0, 1))(alike, alike)
     np.testing.assert_allclose(value / PAIRS, oracles.AT_REFERENCE[name](), rtol=1e-12)
     for side, gradient in zip('+-', gradients):

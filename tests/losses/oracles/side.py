@@ -8,7 +8,8 @@ import numpy as np
 @dataclasses.dataclass
 class Side:
     policy: np.ndarray  # [T] nats
-    reference: np.ndarray  # [T]
+    references: list[np.ndarray]  # of each [T]
+    mixing_weights: list[float] | None  # of each, where there are any
     weights: np.ndarray  # [T] 1 or 0
     statistics: dict[str, np.ndarray]  # name -> [T] (prompt_hidden: [D])
     columns: dict[str, np.ndarray]  # name -> number, or [T]
@@ -30,6 +31,11 @@ class Side:
         return self.sum(self.policy)
 
     @property
+    def reference(self):
+        """[T]: the one reference, or the first."""
+        return self.references[0]
+
+    @property
     def reference_logp(self):
         return self.sum(self.reference)
 
@@ -46,8 +52,11 @@ def side_of(completion, index) -> Side:
     def pick(values):
         return {name: np.asarray(value[index], np.float64) for name, value in values.items() if value is not None}
 
+    weights = completion.mixing_weights
     return Side(
-        *(np.asarray(x[index], np.float64) for x in (completion.policy_logps, completion.reference_logps[0])),
+        np.asarray(completion.policy_logps[index], np.float64),
+        [np.asarray(logps[index], np.float64) for logps in completion.reference_logps],
+        None if weights is None else np.asarray(weights[:, index], np.float64).tolist(),
         np.asarray(completion.weights[index], np.float64),
         pick(found),
         pick(completion.columns),
