@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from jaxpo import sharding
 from jaxpo.console import bytes_text, console, number, table
+from jaxpo.data.audit import overlaps
 from jaxpo.data.audit import table as audit_table
 from jaxpo.data.rows import Shape, lengths_of, row_tokens, run_shapes
 from jaxpo.experiment import to_json
@@ -35,10 +36,14 @@ def print_header(run: Run, pairs: Pairs, schedule: Schedule) -> None:
     out.print(f'[bold]{escape(run.pretrained.name)}[/bold], {_parameter_count(run) / 1e6:.1f} M parameters')
     out.print(f'objective  {escape(json.dumps(settings.objective))}')
     out.print(f'mesh       {_mesh(run)}, {settings.model.dtype}, remat {settings.model.remat}')
+    validation = f'{len(pairs.validation)} to weigh references by, ' if pairs.validation else ''
     out.print(
-        f'data       {len(pairs.train)} pairs to train on, {len(pairs.evaluation)} held out, '
+        f'data       {len(pairs.train)} pairs to train on, {validation}{len(pairs.evaluation)} held out, '
         f'{sum(r["dropped"] for r in pairs.reports.values())} rows dropped'
     )
+    for split, audited in pairs.reports.items():
+        if shared := overlaps(audited):
+            out.print(f'overlap    {split}: {shared}')
     out.print(f'steps      {schedule.steps} of {settings.train.batch_pairs} pairs, {tokens:,} tokens')
     out.print(f'output     {escape(str(run.directory))}')
 

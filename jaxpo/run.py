@@ -78,13 +78,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Audited pairs; by split, the audit's reports and the rows that were read, which `Pair.row` counts."""
+    """Audited pairs, and by split the audit's reports and, where a table of a reference may want their texts, rows."""
 
     train: list[Pair]
     evaluation: list[Pair]
     reports: dict[str, dict]
     validation: list[Pair] = dataclasses.field(default_factory=list)
-    rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)
+    rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)  # `Pair.row` counts these
 
 
 def prepare(experiment: Experiment) -> Run:
@@ -136,11 +136,14 @@ def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretra
 
 def read_pairs(run: Run, *, train: bool = True) -> Pairs:
     """Reads and audits the training, validation and evaluation pairs. InputError where the audit refuses them."""
-    data, wanted, reports, raw = run.config.data, wanted_of(run.objective), {}, {}
+    data, wanted, reports, kept = run.config.data, wanted_of(run.objective), {}, {}
+    tables = any(reference.table for reference in run.config.references.values())
 
     def audited(name: str, source: str, split: str, **others: Sequence[Pair]) -> list[Pair]:
-        raw[name] = sources.read_rows(source, split, data.revision)
-        pairs, reports[name] = audit.audit(raw[name], run.tokenizer, data, run.config.rows, wanted=wanted, **others)
+        raw = sources.read_rows(source, split, data.revision)
+        if tables:
+            kept[name] = raw
+        pairs, reports[name] = audit.audit(raw, run.tokenizer, data, run.config.rows, wanted=wanted, **others)
         return pairs
 
     training = audited('train', data.train, data.train_split) if train else []
@@ -152,7 +155,7 @@ def read_pairs(run: Run, *, train: bool = True) -> Pairs:
         evaluation = audited('evaluation', data.evaluation, data.evaluation_split, **others)
         evaluation = evaluation[: run.config.evaluate.pairs]
     _check_positions(run, [*training, *validation, *evaluation])
-    return Pairs(training, evaluation, reports, validation, raw)
+    return Pairs(training, evaluation, reports, validation, kept)
 
 
 def wanted_of(objective: Objective) -> Wanted:

@@ -47,17 +47,13 @@ REJECTIONS = (
     'longer than a row',
     'duplicate',
 )
-NOTES = (
-    'prompt trimmed',
-    'completion cut',
-    'boundary mismatch',
-    'duplicate prompt',
-    'contradiction',
+OVERLAPS = (
     'prompt also in training',
     'pair also in training',
     'prompt also in validation',
     'pair also in validation',
 )
+NOTES = ('prompt trimmed', 'completion cut', 'boundary mismatch', 'duplicate prompt', 'contradiction', *OVERLAPS)
 NAMED_ROWS = 5
 
 
@@ -289,6 +285,12 @@ def table(report: dict) -> str:
             if entry['count']
         ]
     return '\n'.join(lines)
+
+
+def overlaps(report: dict) -> str:
+    """What the rows of a report share with those of other splits, as text; empty where nothing."""
+    counts = {note: report['noted'][note]['count'] for note in OVERLAPS}
+    return ', '.join(f'{note} ({count})' for note, count in counts.items() if count)
 
 
 def write_report(path: str | pathlib.Path, report: dict) -> None:

@@ -100,7 +100,8 @@ def check_template(tokenizer) -> None:
     if not tokenizer.chat_template:
         raise InputError(
             'The data are conversations (messages), but the tokenizer has no chat template: use a tokenizer that '
-            'has one (model.tokenizer), or data whose prompt, chosen and rejected are plain text.'
+            "has one (the model's or the reference's `tokenizer`), or data whose prompt, chosen and rejected are plain "
+            'text.'
         )
 
 

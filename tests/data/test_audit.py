@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxpo import config
-from jaxpo.data.audit import NOTES, REJECTIONS, audit, table, write_report
+from jaxpo.data.audit import NOTES, REJECTIONS, audit, overlaps, table, write_report
 from jaxpo.data.columns import Wanted
 from jaxpo.data.sources import read_rows
 from jaxpo.errors import InputError
@@ -80,6 +80,7 @@ def test_every_bad_row_is_counted_once_with_its_line(tmp_path, chatml):
     assert (report['rows'], report['kept'], report['dropped']) == (len(BAD), 2, len(BAD) - 2)
     assert sum(counts(report, 'rejected').values()) == report['dropped']
     assert [pair.index for pair in pairs] == [0, 1]
+    assert [BAD[pair.row][1] for pair in pairs] == [None, None] and pairs[0].row == 20
     assert chatml.decode(pairs[0].chosen) == 'yes<|im_end|>' and chatml.decode(pairs[0].rejected) == 'no<|im_end|>'
 
 
@@ -152,6 +153,25 @@ def test_what_held_out_rows_share_with_training_is_named(tmp_path, chatml):
     assert len(pairs) == 3
     assert report['noted']['prompt also in training']['rows'] == [f'{tmp_path}/b.jsonl:{n}' for n in (2, 3)]
     assert report['noted']['pair also in training']['rows'] == [f'{tmp_path}/b.jsonl:2']
+
+
+def test_what_held_out_rows_share_with_validation_is_named(tmp_path, chatml):
+    training, _ = audit(write(tmp_path / 'a.jsonl', [pair('x')]), chatml, LENIENT, ROWS)
+    validation, _ = audit(write(tmp_path / 'b.jsonl', [pair('y'), pair('v')]), chatml, LENIENT, ROWS)
+    rows = write(tmp_path / 'c.jsonl', [pair('x'), pair('y'), pair('v', 'a', 'b'), pair('z')])
+    _, report = audit(rows, chatml, LENIENT, ROWS, training=training, validation=validation)
+    named = {note: entry['rows'] for note, entry in report['noted'].items() if entry['count']}
+    assert named == {
+        'prompt also in training': [f'{tmp_path}/c.jsonl:1'],
+        'pair also in training': [f'{tmp_path}/c.jsonl:1'],
+        'prompt also in validation': [f'{tmp_path}/c.jsonl:2', f'{tmp_path}/c.jsonl:3'],
+        'pair also in validation': [f'{tmp_path}/c.jsonl:2'],
+    }
+    assert overlaps(report) == (
+        'prompt also in training (1), pair also in training (1), '
+        'prompt also in validation (2), pair also in validation (1)'
+    )
+    assert overlaps(audit(rows, chatml, LENIENT, ROWS)[1]) == ''
 
 
 def test_rows_equal_but_for_an_extra_column_are_not_duplicates(tmp_path, chatml):

@@ -20,8 +20,17 @@ def ids(rng, size):
     return rng.integers(0, 90, size).astype(np.int32)
 
 
-def random_pairs(seed, count, longest=10, *, unpaired=False, companions=(), tokens=False):
-    """Pairs with a margin; where asked for, some with one completion, each with companions, with token columns."""
+def table_of(rng, completion):
+    """What the tables of two references say of a completion."""
+    logps, entropy, far = rng.normal(size=(3, completion.size)).astype(np.float32)
+    return {
+        'near': {'logps': logps, 'entropy': entropy},
+        'far': {'logps': far, 'length': float(3 * completion.size) / 2},
+    }
+
+
+def random_pairs(seed, count, longest=10, *, unpaired=False, companions=(), tokens=False, table=False):
+    """Pairs with a margin; where asked for, some with one completion, each with companions, token columns, tables."""
     rng = np.random.default_rng(seed)
     pairs = []
     for index, (prompt, chosen, rejected) in enumerate(rng.integers(1, longest, (count, 3))):
@@ -33,7 +42,9 @@ def random_pairs(seed, count, longest=10, *, unpaired=False, companions=(), toke
         others = {name: Sequence(*(ids(rng, size) for size in rng.integers(1, longest, 2))) for name in companions}
         if 'corrupted' in others:
             others['corrupted'] = dataclasses.replace(others['corrupted'], completion=sides['chosen'])
-        pairs.append(Pair(ids(rng, prompt), **sides, index=index, columns=columns, companions=others))
+        completions = sides | {name: other.completion for name, other in others.items()}
+        found = {name: table_of(rng, completion) for name, completion in completions.items()} if table else {}
+        pairs.append(Pair(ids(rng, prompt), **sides, index=index, columns=columns, companions=others, table=found))
     return pairs
 
 
@@ -102,8 +113,17 @@ def read_slot(row, slot):
             assert not columns[name][count:].any()
             columns[name] = columns[name][:count]
     completions = [side[1] if side else [] for side in sides.values()]
+    counts = {name: len(one[1]) if one else 0 for name, one in {**sides, **others}.items()}
+    table = {name: read_table(found, slot, counts[name]) for name, found in row['table'].items()}
     others = {name: other[:2] if other else None for name, other in others.items()}
-    return there[0][0], *completions, {name: value.tolist() for name, value in columns.items()}, others
+    return there[0][0], *completions, {name: value.tolist() for name, value in columns.items()}, others, table
+
+
+def read_table(references, slot, count):
+    """What a row's table says of one completion of `count` tokens, as lists."""
+    values = jax.tree.map(operator.itemgetter(slot), references)
+    assert not any(value[count:].any() for value in jax.tree.leaves(values) if value.ndim)
+    return jax.tree.map(lambda value: value[:count].tolist() if value.ndim else value.tolist(), values)
 
 
 def read_batch(batch):
@@ -120,7 +140,7 @@ def read_batch(batch):
             if weight == 0:
                 places = [row['chosen'], row['rejected'], *row['companions'].values()]
                 assert index == -1 and not any(one.weights[slot].any() for one in places)
-                assert not any(values[slot].any() for values in row['columns'].values())
+                assert not any(values[slot].any() for values in jax.tree.leaves((row['columns'], row['table'])))
                 continue
             assert weight == 1 and index not in found
             found[index] = read_slot(row, slot)
@@ -138,12 +158,13 @@ def as_lists(pairs):
             pair.rejected.tolist(),
             {name: np.asarray(value).tolist() for name, value in pair.columns.items()},
             {name: sequence(other) for name, other in pair.companions.items()},
+            jax.tree.map(lambda value: np.asarray(value).tolist(), pair.table),
         )
         for pair in pairs
     }
 
 
-EXTRAS = {'companions': ('mismatched', 'corrupted'), 'tokens': True, 'unpaired': True}
+EXTRAS = {'companions': ('mismatched', 'corrupted'), 'tokens': True, 'unpaired': True, 'table': True}
 
 
 def tokens_in_row(pair, layout):
@@ -183,7 +204,7 @@ def test_attention_sees_every_pair_whole(layout, seed, count, lengths, rows, pai
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_the_reader_notices_a_wrong_batch(layout):
-    pairs = random_pairs(1, 3, companions=EXTRAS['companions'], tokens=True)
+    pairs = random_pairs(1, 3, companions=EXTRAS['companions'], tokens=True, table=True)
     batch = fill_rows(pairs, config.Rows(layout=layout, lengths=(128,)))
     mismatched, corrupted = batch.companions['mismatched'], batch.companions['corrupted']
 
@@ -209,6 +230,75 @@ def test_the_reader_notices_a_wrong_batch(layout):
         assert broken(columns={**batch.columns, name: values + 1})
     for name in ('chosen_segment', 'rejected_segment'):
         assert broken(columns={**batch.columns, name: np.roll(batch.columns[name], 1, axis=-1)})
+    table = batch.table
+    assert broken(table={**table, 'chosen': table['rejected'], 'rejected': table['chosen']})
+    assert broken(table={**table, 'mismatched': table['corrupted'], 'corrupted': table['mismatched']})
+    for name, references in table.items():
+        for change in (np.zeros_like, lambda values: values + 1, lambda values: np.roll(values, 1, axis=-1)):
+            changed = jax.tree.map(change, references)
+            assert broken(table={**table, name: {**references, 'near': changed['near']}})
+            assert broken(
+                table={
+                    **table,
+                    name: {**references, 'far': {**references['far'], 'logps': 0 * changed['far']['logps']}},
+                }
+            )
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_a_tables_numbers_lie_at_the_tokens_they_are_of(layout):
+    """Numbers that are made of the tokens are found at the places where the row's targets are these tokens."""
+    pairs = [with_table_of_tokens(pair) for pair in random_pairs(8, 11, unpaired=True, companions=('corrupted',))]
+    settings_ = config.Rows(layout=layout, lengths=(64,), microbatch=2, pairs_per_row=3)
+    batch = fill_rows(pairs, settings_, row_multiple=2)
+    assert batch.tokens.shape[0] > 1
+    sides = {'chosen': batch.chosen, 'rejected': batch.rejected, **batch.companions}
+    assert set(batch.table) == set(sides)
+    for name, places in sides.items():
+        found = batch.table[name]['big']
+        target = np.take_along_axis(batch.target[:, :, None], places.place, axis=-1)
+        assert found['logps'].dtype == found['length'].dtype == np.float32
+        assert np.array_equal(found['logps'], (-0.5 - target) * places.weights)
+        assert np.array_equal(found['length'], 2 * places.weights.sum(axis=-1))
+        assert places.weights.any() and (places.weights == 0).any()
+
+
+def with_table_of_tokens(pair):
+    completions = {'chosen': pair.chosen, 'rejected': pair.rejected}
+    completions |= {name: other.completion for name, other in pair.companions.items()}
+    table = {
+        name: {'big': {'logps': (-0.5 - ids_).astype(np.float32), 'length': 2 * ids_.size}}
+        for name, ids_ in completions.items()
+    }
+    return dataclasses.replace(pair, table=table)
+
+
+def test_pairs_of_one_batch_have_the_same_table():
+    first, second = random_pairs(1, 2, table=True)
+    settings_ = config.Rows(lengths=(64,))
+
+    def refused(words, **table):
+        with pytest.raises(InputError, match=words):
+            fill_rows([first, dataclasses.replace(second, table={**second.table, **table})], settings_)
+
+    chosen = second.table['chosen']
+    refused(
+        r"Pair 1 has the table \[.*'chosen.other.logps\[\]'.*but pair 0 has", chosen={**chosen, 'other': chosen['near']}
+    )
+    refused('Pair 1 has the table', chosen={'near': chosen['near']})
+    refused('Pair 1 has the table', chosen={**chosen, 'near': {'logps': chosen['near']['logps']}})
+    refused('Pair 1 has the table', chosen={**chosen, 'far': {**chosen['far'], 'length': chosen['far']['logps']}})
+    longer = {**chosen['near'], 'entropy': np.append(chosen['near']['entropy'], np.float32(1))}
+    size = second.chosen.size
+    refused(
+        f'Pair 1.* {size + 1} entropy of chosen by near, which has {size} tokens', chosen={**chosen, 'near': longer}
+    )
+    with pytest.raises(InputError, match='Pair 1 has the table.*but pair 0 has'):
+        fill_rows([first, dataclasses.replace(second, table={})], settings_)
+    for pair in (first, second):
+        pair.table['chosne'] = pair.table['chosen']
+    with pytest.raises(InputError, match="table of pair 0 'chosne'. Did you mean 'chosen'"):
+        fill_rows([first, second], settings_)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -241,7 +331,7 @@ def test_pairs_of_one_batch_have_the_same_columns_and_companions():
 
 
 def test_dtypes_and_shapes():
-    pairs = random_pairs(2, 7, 6, companions=('mismatched',), tokens=True)
+    pairs = random_pairs(2, 7, 6, companions=('mismatched',), tokens=True, table=True)
     settings_ = config.Rows(layout='packed', lengths=(64,), microbatch=2, pairs_per_row=3)
     batch = fill_rows(pairs, settings_)
     shape, _ = plan_rows(rows_module.lengths_of(pairs), settings_)
@@ -256,7 +346,13 @@ def test_dtypes_and_shapes():
     assert {name: values.shape for name, values in batch.columns.items()} == {
         'margin': (*lead, 3), 'chosen_segment': completions, 'rejected_segment': completions
     }  # fmt: skip
-    assert all(values.dtype == np.float32 for values in (batch.pair_weight, *batch.columns.values()))
+    assert set(batch.table) == {'chosen', 'rejected', 'mismatched'}
+    for references in batch.table.values():
+        assert jax.tree.map(np.shape, references) == {
+            'near': {'logps': completions, 'entropy': completions}, 'far': {'logps': completions, 'length': (*lead, 3)}
+        }  # fmt: skip
+    numbers = (batch.pair_weight, *jax.tree.leaves((batch.columns, batch.table)))
+    assert all(values.dtype == np.float32 for values in numbers)
     for name in ('tokens', 'positions', 'segment', 'branch', 'source', 'target', 'pair_index'):
         assert getattr(batch, name).dtype == np.int32
 
