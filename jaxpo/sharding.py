@@ -22,6 +22,8 @@ PARAMETER_RULES = (
     (r'layers/attention/output$', P(None, None, 'fsdp')),
     (r'layers/mlp/(gate|up)$', P(None, 'fsdp', None)),
     (r'layers/mlp/down$', P(None, None, 'fsdp')),
+    (r'layers/(attention|mlp)/(query|key|value|gate|up)_lora_a$', P(None, 'fsdp', None)),
+    (r'layers/(attention|mlp)/(output|down)_lora_b$', P(None, None, 'fsdp')),
     (r'(^|/)(embedding|head)$', P(None, 'fsdp')),
     (r'', P()),
 )

@@ -7,6 +7,7 @@ Parameters are float32; linear kernels are `[in, out]`; the layers' parameters a
     layers/attention/query [L, D, H * Dh], key, value [L, D, K * Dh], output [L, H * Dh, D],
                      query_bias?, key_bias?, value_bias?, output_bias?, query_norm?, key_norm? [L, Dh]
     layers/mlp/gate, up [L, D, F], down [L, F, D]
+    beside a kernel [L, in, out] with an adapter: NAME_lora_a [L, in, r], NAME_lora_b [L, r, out] (`models.lora`)
 
 Norm weights are as in the checkpoint: where `norm_offset` is 1 they are what is added to 1.
 """
@@ -23,6 +24,7 @@ from jaxpo.models.activations import MEANS, STATES, keep_means, keep_state
 from jaxpo.models.architecture import Architecture
 from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
 from jaxpo.models.cache import Cache, extended
+from jaxpo.models.lora import Lora, initializer
 
 REMAT_POLICIES = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -57,13 +59,15 @@ class Decoder(nn.Module):
     the backward pass recomputes of each layer: 'none', 'dots' (all but matrix products) or 'full'. `rows` is how rows
     lie on a mesh, as `PartitionSpec((..., axis))`, where the last axis is the one that splits the parameters by width.
     It must be given where parameters are split: else XLA may keep hidden states split by width, and devices repeat
-    each other's work.
+    each other's work. With `lora` the parameters must hold the adapters it describes; without, any that they hold are
+    off.
     """
 
     architecture: Architecture
     dtype: Any = jnp.float32
     remat: str = 'none'
     rows: jax.sharding.NamedSharding | None = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(
@@ -94,7 +98,9 @@ class Decoder(nn.Module):
             cached = (cache.positions, cache.segment, jnp.zeros_like(cache.segment))
             views, past = (_view(place, cached), *views), (cache.key, cache.value)
         surroundings = Surroundings(views, *rotary(architecture, positions))
-        layers = _scanned(self.remat, architecture.layers)(architecture, self.dtype, self.rows, name='layers')
+        layers = _scanned(self.remat, architecture.layers)(
+            architecture, self.dtype, self.rows, self.lora, name='layers'
+        )
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
         keep_means(self, 'residual', hidden)
@@ -107,6 +113,7 @@ class Layer(nn.Module):
     architecture: Architecture
     dtype: Any
     rows: jax.sharding.NamedSharding | None
+    lora: Lora | None
 
     @nn.compact
     def __call__(
@@ -120,13 +127,13 @@ class Layer(nn.Module):
             views = tuple(view._replace(mask=view.mask & (view.distance < window)) for view in surroundings.views)
             surroundings = surroundings._replace(views=views)
         normed = _norm(self, 'attention_norm', hidden)
-        update, new = Attention(self.architecture, self.dtype, name='attention')(normed, past, surroundings)
+        update, new = Attention(self.architecture, self.dtype, self.lora, name='attention')(normed, past, surroundings)
         if self.architecture.post_norms:
             update = _norm(self, 'attention_post_norm', update)
         keep_means(self, 'residual', hidden, normed, update, hidden + update)
         hidden = hidden + update
         normed = _norm(self, 'mlp_norm', hidden)
-        update = MLP(self.architecture, self.dtype, name='mlp')(normed)
+        update = MLP(self.architecture, self.dtype, self.lora, name='mlp')(normed)
         if self.architecture.post_norms:
             update = _norm(self, 'mlp_post_norm', update)
         hidden = _pin(hidden + update, self.rows)
@@ -140,6 +147,7 @@ class Attention(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    lora: Lora | None
 
     @nn.compact
     def __call__(
@@ -174,6 +182,7 @@ class MLP(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    lora: Lora | None
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
@@ -228,13 +237,24 @@ def _norm(module: nn.Module, name: str, values: jax.Array) -> jax.Array:
 
 
 def _linear(module: nn.Module, name: str, values: jax.Array, width: int, bias: bool = False) -> jax.Array:
-    """values @ kernel (+ bias), by the module's own parameters `name` and `name`_bias."""
+    """values @ kernel, plus what its adapter and its bias add, by the module's own parameters `name`, `name`_bias."""
     kernel = module.param(name, _normal, (values.shape[-1], width))
     product = values @ kernel.astype(module.dtype)
+    if module.lora is not None and name in module.lora.targets:
+        product = product + _low_rank(module, name, values, width)
     if bias:
         weight = module.param(f'{name}_bias', nn.initializers.zeros, (width,))
         product = product + weight.astype(module.dtype).reshape((1,) * (values.ndim - 1) + (width,))
     return product
+
+
+def _low_rank(module: nn.Module, name: str, values: jax.Array, width: int) -> jax.Array:
+    """scale * values @ A @ B, by the module's own parameters `name`_lora_a and `name`_lora_b."""
+    lora = module.lora
+    a = module.param(f'{name}_lora_a', initializer(lora, 'a'), (values.shape[-1], lora.rank))
+    b = module.param(f'{name}_lora_b', initializer(lora, 'b'), (lora.rank, width))
+    # Scaled in float32: scale itself may not be a number of the compute dtype.
+    return values @ a.astype(module.dtype) @ (lora.scale * b).astype(module.dtype)
 
 
 def _scanned(remat: str, layers: int) -> Any:
