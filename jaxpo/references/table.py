@@ -171,7 +171,9 @@ def _check_identity(directory: pathlib.Path, described: dict[str, Any]) -> None:
     path = directory / IDENTITY
     if not path.exists():
         if table_files.shard_names(directory):
-            raise InputError(f'{path} is missing, so nobody can say whose numbers {directory} holds. Delete it.')
+            raise InputError(
+                f'{path} is missing: nothing says whose numbers these are. Delete {directory}; it is computed again.'
+            )
         return
     try:
         found = json.loads(path.read_text('utf-8'))
@@ -182,7 +184,10 @@ def _check_identity(directory: pathlib.Path, described: dict[str, Any]) -> None:
     theirs, ours = dict(_flat(found)), dict(_flat(described))
     differ = sorted(name for name in {*theirs, *ours} if theirs.get(name, ...) != ours.get(name, ...))
     changes = ', '.join(f'{name} ({theirs.get(name)!r} there, {ours.get(name)!r} asked for)' for name in differ)
-    raise InputError(f'{path} is not the identity that its directory is named by: {changes}. Delete {directory}.')
+    raise InputError(
+        f'{path} is not the identity that its directory is named by: {changes}. '
+        f'Delete {directory}; it is computed again.'
+    )
 
 
 def _flat(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxpo.models import families
 from jaxpo.models import gguf as our_gguf
 from jaxpo.models.checkpoint import load_params, write_hugging_face
 from jaxpo.models.decoder import Decoder, head_weight
+from jaxpo.models.identity import weights_identity
 from jaxpo.models.source import open_model
 from jaxpo.models.tokenizer import end_ids
 
@@ -118,6 +120,17 @@ def test_tensors_have_hugging_face_names_rows_and_shapes(tmp_path, kind):
         ).max()
         < 0.2
     )
+
+
+def test_a_file_is_its_bytes_whatever_its_name(tmp_path):
+    one, other = tmp_path / 'One-Model.gguf', tmp_path / 'other.gguf'
+    write_gguf(one)
+    shutil.copy(one, other)
+    before = weights_identity(open_model(str(one)))
+    assert weights_identity(open_model(str(other))) == before
+    content = other.read_bytes()
+    other.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert weights_identity(open_model(str(other))) != before
 
 
 def test_the_config_is_that_of_the_metadata(tmp_path):
