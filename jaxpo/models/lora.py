@@ -160,6 +160,20 @@ def merged(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     return unflatten_dict(leaves)
 
 
+def merged_by_leaf(base: Mapping[str, Any], lora: Lora, adapter: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+    """As `merged`, but a kernel at a time, each with its own of `shardings`: `base`'s kernels are used up (donated).
+
+    `adapter` may be whole on the host, the same on every process.
+    """
+    leaves = flatten_dict(dict(base))
+    for target in lora.targets:
+        path = kernel_path(target)
+        a, b = (families.leaf(adapter, factor) for factor in factor_paths(target))
+        merge = jax.jit(merged_kernel, donate_argnums=0, out_shardings=families.leaf(shardings, path))
+        leaves[path] = merge(leaves[path], a, b, lora.scale)
+    return unflatten_dict(leaves)
+
+
 def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
     """W + scale * A @ B of stacked kernels `[L, in, out]`, added up in float32, in the kernel's dtype."""
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

@@ -73,10 +73,20 @@ def open_directory(root: pathlib.Path) -> Tensors:
     held = {name: set(file.keys()) for name, file in files.items()}
     if weight_map:
         _check_index(root, weight_map, held)
-    slices = {tensor: files[name].get_slice(tensor) for name, tensors in held.items() for tensor in tensors}
+    return _tensors(root, files)
+
+
+def open_file(root: pathlib.Path, name: str) -> Tensors:
+    """The tensors of one safetensors file of a directory, by the names the file gives them."""
+    return _tensors(root, {name: _open(inside(root, name))})
+
+
+def _tensors(root: pathlib.Path, files: Mapping[str, Any]) -> Tensors:
+    # A file is no dict: it has keys, but cannot be iterated.
+    slices = {name: file.get_slice(name) for file in files.values() for name in list(file.keys())}
     shapes = {tensor: tuple(entry.get_shape()) for tensor, entry in slices.items()}
     dtype = _common_dtype(root, {tensor: entry.get_dtype() for tensor, entry in slices.items()})
-    paths = tuple(root / name for name in names)
+    paths = tuple(root / name for name in files)
     return Tensors(shapes, dtype, lambda name, index: slices[name][index], paths)
 
 
