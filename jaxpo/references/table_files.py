@@ -48,12 +48,16 @@ def shard_name(keys: Sequence[bytes]) -> str:
 def write_shard(directory: pathlib.Path, keys: Sequence[bytes], vectors: Sequence[np.ndarray]) -> None:
     """Writes rows as one new shard: a crash leaves a temporary that no reader looks at."""
     import datasets  # takes seconds
+    import pyarrow
 
     name = shard_name(keys)
     features = datasets.Features({'key': datasets.Value('binary'), 'values': datasets.List(datasets.Value('float32'))})
     partial = directory / f'.{name}.{uuid.uuid4().hex[:8]}{PARTIAL}'
     try:
-        rows = datasets.Dataset.from_dict({'key': list(keys), 'values': list(vectors)}, features=features)
+        # Arrow's own arrays: lists of vectors would become Python numbers one by one.
+        offsets = pyarrow.array(np.cumsum([0, *map(len, vectors)]), pyarrow.int32())
+        values = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(np.concatenate(vectors)))
+        rows = datasets.Dataset.from_dict({'key': pyarrow.array(keys), 'values': values}, features=features)
         with _no_progress_bars():
             rows.save_to_disk(partial)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
