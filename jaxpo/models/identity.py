@@ -6,13 +6,9 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from jaxpo.errors import InputError
-from jaxpo.models.safetensors_files import inside, read_json
+from jaxpo.models import peft
+from jaxpo.models.architecture import Architecture
 from jaxpo.models.source import Pretrained
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-# Where an adapter's base was and who wrote it, which change nothing of what it computes.
-ADAPTER_NOTES = ('base_model_name_or_path', 'revision', 'inference_mode', 'auto_mapping', 'peft_version')
 
 
 def weights_identity(pretrained: Pretrained, adapter: pathlib.Path | None = None, seed: int = 0) -> dict[str, Any]:
@@ -25,10 +21,10 @@ def weights_identity(pretrained: Pretrained, adapter: pathlib.Path | None = None
       seed: of random weights; ignored where the weights are in files.
 
     Raises:
-      InputError: the adapter's directory lacks one of its two files.
+      InputError: the adapter is incomplete, or none of this architecture.
     """
     identity = {'architecture': dataclasses.asdict(pretrained.architecture), **_source(pretrained, seed)}
-    return identity if adapter is None else {**identity, 'adapter': _adapter(pathlib.Path(adapter).expanduser())}
+    return identity if adapter is None else {**identity, 'adapter': _adapter(adapter, pretrained.architecture)}
 
 
 def directory_digest(paths: Iterable[pathlib.Path]) -> str:
@@ -53,10 +49,7 @@ def _source(pretrained: Pretrained, seed: int) -> dict[str, Any]:
     return {'weights': directory_digest(pretrained.tensors.files)}
 
 
-def _adapter(directory: pathlib.Path) -> dict[str, Any]:
-    path = directory / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise InputError(f'{directory} has no {ADAPTER_WEIGHTS}: is it the directory of a PEFT adapter?')
-    config = read_json(directory / ADAPTER_CONFIG)
-    config = {key: value for key, value in config.items() if key not in ADAPTER_NOTES}
-    return {'weights': directory_digest([inside(directory, path.name)]), 'config': config}
+def _adapter(directory: pathlib.Path, architecture: Architecture) -> dict[str, Any]:
+    """Its rank and targets are those of its tensors; its config adds the scale alone."""
+    settings, tensors = peft.open_adapter(directory, architecture)
+    return {'weights': directory_digest(tensors.files), 'scale': settings.scale}

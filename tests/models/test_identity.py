@@ -6,18 +6,18 @@ import pathlib
 import shutil
 
 import huggingface_hub
-import numpy as np
+import jax
 import pytest
-import safetensors.numpy
 from tiny_checkpoints import hugging_face_tensors, write_directory
 from tiny_decoders import CONFIGS
 
 from jaxpo.errors import InputError
+from jaxpo.models import lora, peft
 from jaxpo.models.identity import directory_digest, weights_identity
+from jaxpo.models.lora import Lora
 from jaxpo.models.source import open_model
 
 CONFIG = CONFIGS['llama']
-ADAPTER = {'peft_type': 'LORA', 'r': 2, 'lora_alpha': 4, 'target_modules': ['q_proj'], 'base_model_name_or_path': 'a/b'}
 
 
 @pytest.fixture
@@ -26,12 +26,11 @@ def directory(tmp_path):
 
 
 @pytest.fixture
-def adapter(tmp_path):
-    path = tmp_path / 'adapter'
-    path.mkdir()
-    (path / 'adapter_config.json').write_text(json.dumps(ADAPTER))
-    safetensors.numpy.save_file({'lora_A': np.ones((2, 3), np.float32)}, path / 'adapter_model.safetensors')
-    return path
+def adapter(directory, tmp_path):
+    architecture, settings = open_model(str(directory)).architecture, Lora(rank=2, scale=2.0, targets=('query', 'up'))
+    tree = lora.init_adapter(architecture, settings, jax.random.key(0))
+    peft.write_adapter(tmp_path / 'adapter', tree, settings, architecture, 'owner/base')
+    return tmp_path / 'adapter'
 
 
 def identity(source, **settings):
@@ -119,7 +118,7 @@ def test_an_adapter_makes_another_model_by_what_it_computes(directory, adapter, 
     rewrite(moved / 'adapter_config.json', base_model_name_or_path='c/d', inference_mode=True, revision='x')
     (moved / 'README.md').write_text('of no account')
     assert identity(directory, adapter=moved) == adapted
-    rewrite(moved / 'adapter_config.json', lora_alpha=8)
+    rewrite(moved / 'adapter_config.json', lora_alpha=5)
     assert identity(directory, adapter=moved) != adapted
     rewrite(moved / 'adapter_config.json', lora_alpha=4)
     flip(moved / 'adapter_model.safetensors')
