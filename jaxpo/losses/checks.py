@@ -114,7 +114,13 @@ def a_missing_side_has_no_say(entry: Loss) -> str:
 def it_can_leave_the_reference(entry: Loss) -> str:
     """Where the policy is the reference, loss and gradient are finite, and the gradient is not zero."""
     sample = example(entry, {})
-    sides = [side.replace(policy_logps=side.reference_logps[0]) for side in (sample.chosen, sample.rejected)]
+    sides = [
+        side.replace(
+            policy_logps=side.reference_logps[0],
+            reference_logps=jnp.broadcast_to(side.reference_logps[:1], side.reference_logps.shape),
+        )
+        for side in (sample.chosen, sample.rejected)
+    ]
     value, gradients = value_and_gradient(entry, replaced(sample, *sides))
     norm = jnp.sqrt(sum(jnp.square(gradient.policy_logps).sum() for gradient in gradients))
     _demand(jnp.isfinite(value) and jnp.isfinite(norm), f'the loss is {value}, the norm of its gradient {norm}')

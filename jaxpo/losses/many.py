@@ -16,9 +16,13 @@ def multi_dpo(chosen: Completion, rejected: Completion, *, beta: float = 0.1):
     summed over the completion and the pair's mixing weights w, 1 / K each where there is no mixture.
 
     beta > 0 is DPO's. Both completions are weighted as the chosen one. The loss is at least DPO's against the weighted
-    geometric mean of the references, whose reward the rewards here are, and equals it where all references set the
-    pair equally far apart; only where they differ does a reference that the pair's margin falls short of pull harder.
-    As MDPO in Wu and Echarghaoui 2025, arXiv:2512.10040 (on log-probabilities per token). Not the multimodal `mdpo`.
+    geometric mean of the references, and equals it where all of them set the pair equally far apart; the rewards are
+    those of that mean. Of the mixture, weights and clip apply, and the mix does not.
+
+    MRPO's authors have it as their baseline, with adaptive weights and an adaptive clip. Wu and Echarghaoui 2025,
+    arXiv:2512.10040, call it MDPO and take log-probabilities per token; the loss `mdpo` is another, multimodal one.
+
+    Unverified: the formula is the authors' code's; the paper's own text was not at hand.
     """
     weights = _mixing_weights(chosen)
     chosen_ratios, rejected_ratios = scores.log_ratios(chosen), scores.log_ratios(rejected)

@@ -23,6 +23,7 @@ def test_a_name_is_registered_once():
         ({'init_state': dict}, 'together'),
         ({'init_state': dict, 'update_state': dict}, 'together'),
         ({'token_masks': dict}, 'no init_params'),
+        ({'many_references': True, 'reads_reference': False}, 'reads_reference is True'),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(flags, message):
