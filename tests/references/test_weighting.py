@@ -1,0 +1,348 @@
+"""Every weighting against a loop by hand, and what each remembers."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references.many import golden_sides, sides, spread, sums, token_counts, without
+
+from jaxpo.errors import InputError
+from jaxpo.references import weighting
+from jaxpo.references.weighting_registry import named
+
+NAMES = sorted(weighting.WEIGHTINGS)
+KEY = jax.random.key(3)
+examples = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def weights_of(name, chosen, rejected, **keywords):
+    function = weighting.find(name).weights
+    return function(chosen, rejected, **named(function, {'primary': 0, 'key': None, **keywords}))
+
+
+def observed(name, chosen, rejected, **keywords):
+    function = weighting.find(name).observe
+    return function(chosen, rejected, **named(function, {'primary': 0, **keywords}))
+
+
+def first_state(name, references=3, primary=0, **words):
+    return weighting.find(name).init_state(references, primary, **words)
+
+
+def with_lengths(side, seed=0):
+    lengths = np.random.default_rng(seed).integers(1, 9, (side.reference_logps.shape[0], 4))
+    return side.replace(reference_lengths=jnp.asarray(lengths, jnp.float64))
+
+
+def means(side):
+    lengths = token_counts(side) if side.reference_lengths is None else np.asarray(side.reference_lengths)
+    return sums(side) / lengths
+
+
+def confidence_loop(chosen, rejected, of=means):
+    return np.abs(of(chosen) - of(rejected))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_docstring_says_what_a_weighting_is(name):
+    entry = weighting.find(name)
+    assert entry.summary.endswith('.') and entry.formula.startswith('w') and entry.source
+    assert (entry.observes == 'nothing') == (entry.init_state is None) == (entry.update is None)
+    assert (entry.observes in ('validation', 'step')) == (entry.observe is not None)
+    assert all(name in entry.defaults for name in entry.ranges)
+    for hyperparameter in entry.defaults:
+        assert hyperparameter in inspect.getdoc(entry.weights)
+
+
+def first_weights(name, chosen, rejected, **more):
+    references = chosen.reference_logps.shape[0]
+    entry = weighting.find(name)
+    state = entry.init_state(references, 1) if entry.init_state else None
+    return weights_of(name, chosen, rejected, **{'state': state, 'given': jnp.ones(references), 'primary': 1, **more})
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('key', [None, KEY], ids=['evaluation', 'training'])
+def test_weights_sum_to_1_also_of_what_is_missing(name, key):
+    chosen, rejected = sides(empty=(1,))
+    rejected = without(rejected, [2])
+    weights = first_weights(name, chosen, rejected, key=key)
+    assert weights.shape == (3, 4) and (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(axis=0), np.ones(4), rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['vdw', 'vaw', 'swcw', 'learned', 'arwc', 'fixed'])
+def test_weights_are_uniform_where_nothing_was_seen(name):
+    chosen, rejected = sides(empty=range(4))
+    np.testing.assert_allclose(first_weights(name, chosen, rejected), np.full((3, 4), 1 / 3), rtol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['swcw_one_hot', 'tsw'])
+def test_all_weight_is_on_the_primary_where_nothing_was_seen(name):
+    np.testing.assert_array_equal(first_weights(name, *sides()), np.repeat([[0.0], [1], [0]], 4, axis=1))
+
+
+def test_fixed_weights_are_normalised():
+    weights = weights_of('fixed', *sides(), given=jnp.array([3.0, 0.0, 1.0]))
+    np.testing.assert_allclose(weights, np.repeat([[0.75], [0], [0.25]], 4, axis=1), rtol=1e-15)
+
+
+def test_golden_arwc():
+    weights = weights_of('arwc', *golden_sides(), confidence='sum')
+    np.testing.assert_allclose(weights[:, 0], [0.2580645161, 0.7419354839], atol=1e-10)
+
+
+@pytest.mark.parametrize('lengths', [False, True], ids=['own tokens', 'other tokenizers'])
+@pytest.mark.parametrize('confidence, of', [('sum', sums), ('mean', means)])
+@examples
+@given(seed=seeds)
+def test_arwc_equals_a_loop(lengths, confidence, of, seed):
+    chosen, rejected = sides(seed=seed)
+    if lengths:
+        chosen, rejected = with_lengths(chosen, seed), with_lengths(rejected, seed + 1)
+    weights = weights_of('arwc', chosen, rejected, confidence=confidence)
+    for pair in range(4):
+        confidences = [abs(of(chosen)[k, pair] - of(rejected)[k, pair]) for k in range(3)]
+        np.testing.assert_allclose(weights[:, pair], np.array(confidences) / sum(confidences), rtol=1e-9)
+
+
+def test_arwc_of_a_pair_that_no_reference_tells_apart_is_uniform():
+    side = spread([-3.0], [[-4.0], [-7.0]], 5)
+    np.testing.assert_array_equal(weights_of('arwc', side, side), [[0.5], [0.5]])
+
+
+@pytest.mark.parametrize('name', ['vdw', 'swcw', 'swcw_one_hot'])
+@pytest.mark.parametrize('lengths', [False, True], ids=['own tokens', 'other tokenizers'])
+def test_confidence_is_by_token_of_the_references_own_tokenizer(name, lengths):
+    chosen, rejected = sides()
+    if lengths:
+        chosen, rejected = with_lengths(chosen), with_lengths(rejected, 1)
+    seen = observed(name, chosen, rejected)
+    np.testing.assert_allclose(seen, confidence_loop(chosen, rejected), rtol=1e-12)
+    assert not np.allclose(seen, confidence_loop(chosen, rejected, sums))
+
+
+@pytest.mark.parametrize('name', ['vdw', 'vaw', 'swcw'])
+def test_half_a_pair_says_nothing_of_a_reference(name):
+    chosen, rejected = sides()
+    seen = observed(name, chosen, without(rejected, [0]))
+    np.testing.assert_array_equal(seen[:, 0], np.zeros(3))
+    np.testing.assert_array_equal(seen[:, 1:], observed(name, chosen, rejected)[:, 1:])
+
+
+def test_vdw_equals_a_loop():
+    chosen, rejected = sides()
+    state = weighting.find('vdw').update(first_state('vdw'), observed('vdw', chosen, rejected).mean(axis=-1))
+    sums_of = [sum(confidence_loop(chosen, rejected)[k]) for k in range(3)]
+    weights = weights_of('vdw', *sides(seed=9), state=state)
+    np.testing.assert_allclose(weights, np.repeat(np.array(sums_of)[:, None] / sum(sums_of), 4, axis=1), rtol=1e-12)
+
+
+def test_vaw_equals_a_loop_and_a_tie_counts_half():
+    chosen, rejected = sides(seed=5)
+    tie = rejected.reference_logps.at[2, 0].set(0).at[2, 0, :3].set(sums(chosen)[2, 0] / 5)
+    rejected = rejected.replace(reference_logps=tie)
+    counts = np.zeros(3)
+    for k in range(3):
+        for pair in range(4):
+            ahead = means(chosen)[k, pair] - means(rejected)[k, pair]
+            counts[k] += 0.5 if abs(ahead) < 1e-15 else float(ahead > 0)
+    assert counts[2] % 1 == 0.5 and len(set(counts)) > 1
+    seen = observed('vaw', chosen, rejected)
+    np.testing.assert_array_equal(seen.sum(axis=-1), counts)
+    state = weighting.find('vaw').update(first_state('vaw'), seen.mean(axis=-1))
+    np.testing.assert_allclose(weights_of('vaw', chosen, rejected, state=state)[:, 1], counts / counts.sum())
+
+
+@pytest.mark.parametrize('name', ['vdw', 'vaw'])
+def test_validation_without_a_sign_of_preference_leaves_weights_uniform(name):
+    state = weighting.find(name).update(first_state(name), jnp.zeros(3))
+    np.testing.assert_allclose(weights_of(name, *sides(), state=state), np.full((3, 4), 1 / 3))
+
+
+@pytest.mark.parametrize('window', [1, 2, 3])
+@pytest.mark.parametrize('name', ['swcw', 'swcw_one_hot'])
+def test_a_window_slides_over_the_steps_before(name, window):
+    state, seen = first_state(name, primary=2, window=window), []
+    assert state['window'].shape == (window, 3)
+    for step in range(5):
+        chosen, rejected = sides(seed=step)
+        weights = weights_of(name, chosen, rejected, state=state, primary=2)
+        totals = sum(seen[-window:], np.zeros(3))
+        if name == 'swcw':
+            expected = totals / totals.sum() if seen else np.full(3, 1 / 3)
+        else:
+            expected = np.eye(3)[np.argmax(totals) if seen else 2]
+        np.testing.assert_allclose(weights, np.repeat(expected[:, None], 4, axis=1), rtol=1e-12)
+        seen.append(confidence_loop(chosen, rejected).mean(axis=-1))
+        state = weighting.find(name).update(state, observed(name, chosen, rejected).mean(axis=-1))
+
+
+def draws(state, prior, count=4000):
+    chosen, rejected = (spread([-1.0], [[-1.0]] * 3, 1) for _ in range(2))
+    keys = jax.random.split(KEY, count)
+
+    def draw(key):
+        return weights_of('tsw', chosen, rejected, state=state, key=key, prior=prior)[:, 0]
+
+    return np.asarray(jax.jit(jax.vmap(draw))(keys))
+
+
+TRIED = {'successes': jnp.array([3.0, 9.0, 6.0]), 'failures': jnp.array([7.0, 3.0, 2.0])}
+
+
+def test_arms_are_drawn_as_often_as_their_beta_is_highest():
+    drawn = draws(TRIED, 5.0)
+    assert set(np.unique(drawn)) == {0.0, 1.0} and (drawn.sum(axis=1) == 1).all()
+    random = np.random.default_rng(0)
+    theta = random.beta(5 + np.asarray(TRIED['successes']), 5 + np.asarray(TRIED['failures']), (400_000, 3))
+    expected = np.bincount(theta.argmax(axis=1), minlength=3) / len(theta)
+    np.testing.assert_allclose(drawn.mean(axis=0), expected, atol=4 * 0.5 / np.sqrt(len(drawn)))
+    assert expected.min() > 0.005 and expected.max() < 0.9
+
+
+def test_a_strong_prior_draws_arms_alike():
+    np.testing.assert_allclose(draws(TRIED, 1e5).mean(axis=0), np.full(3, 1 / 3), atol=0.035)
+
+
+def test_the_same_key_draws_the_same_arm_and_others_do_not():
+    chosen, rejected = sides()
+    one, again = (weights_of('tsw', chosen, rejected, state=TRIED, key=KEY, prior=5.0) for _ in range(2))
+    np.testing.assert_array_equal(one, again)
+    assert len(np.unique(draws(TRIED, 50.0, 50), axis=0)) == 3
+
+
+def test_evaluation_takes_the_highest_posterior_mean_by_its_prior():
+    # 6 / 8 beats 9 / 12 only where the prior counts for nothing.
+    for prior, arm in ((5.0, 1), (1e-6, 2)):
+        state = {'successes': jnp.array([3.0, 9.0, 6.1]), 'failures': TRIED['failures']}
+        weights = weights_of('tsw', *sides(), state=state, prior=prior)
+        np.testing.assert_array_equal(weights[:, 0], np.eye(3)[arm])
+
+
+@pytest.mark.parametrize('reward', [0.0, 0.25, 1.0])
+def test_a_reward_is_credited_to_the_arm_that_its_key_drew(reward):
+    entry, arms = weighting.find('tsw'), set()
+    for key in jax.random.split(KEY, 12):
+        arm = np.asarray(weights_of('tsw', *sides(), state=TRIED, key=key, prior=2.0)[:, 0])
+        after = entry.update(TRIED, reward, key=key, primary=0, prior=2.0)
+        np.testing.assert_allclose(after['successes'] - TRIED['successes'], reward * arm)
+        np.testing.assert_allclose(after['failures'] - TRIED['failures'], (1 - reward) * arm)
+        arms.add(int(arm.argmax()))
+    assert len(arms) > 1
+
+
+def test_a_bandit_finds_the_arm_that_pays():
+    chosen, rejected = (spread([-1.0], [[-1.0]] * 3, 1) for _ in range(2))
+    entry, pay = weighting.find('tsw'), jnp.array([0.2, 0.35, 0.8])
+
+    def step(state, key):
+        arm = weights_of('tsw', chosen, rejected, state=state, key=key, prior=1.0)[:, 0]
+        won = jax.random.bernoulli(jax.random.fold_in(key, 1), (pay * arm).sum()).astype(jnp.float64)
+        return entry.update(state, won, key=key, primary=0, prior=1.0), arm
+
+    _, arms = jax.lax.scan(step, first_state('tsw'), jax.random.split(KEY, 300))
+    assert arms[200:].mean(axis=0)[2] > 0.85
+
+
+def responsibilities_loop(chosen, rejected, weights, primary):
+    """Mean responsibilities over pairs, each completion by its share of the pair, from probabilities."""
+    total = np.zeros(len(weights))
+    for pair in range(4):
+        there = [side for side in (chosen, rejected) if np.asarray(side.weights)[pair].sum() > 0]
+        odds = [np.exp(np.asarray(s.policy_logps)[pair].sum() - sums(s)[primary, pair]) for s in there]
+        for side, odd in zip(there, odds):
+            joint = weights * np.exp(sums(side)[:, pair])
+            total += odd / sum(odds) * joint / joint.sum()
+    return total / 4
+
+
+@pytest.mark.parametrize('primary', [0, 2])
+@examples
+@given(seed=seeds)
+def test_responsibilities_equal_a_loop_also_of_unpaired_rows(primary, seed):
+    chosen, rejected = sides(seed=seed)
+    chosen, rejected = without(chosen, [1]), without(rejected, [3])
+    weights = np.random.default_rng(seed).dirichlet(np.ones(3))
+    state = {'log_weights': jnp.log(weights)}
+    seen = observed('learned', chosen, rejected, state=state, primary=primary).mean(axis=-1)
+    np.testing.assert_allclose(seen, responsibilities_loop(chosen, rejected, weights, primary), rtol=1e-9)
+    np.testing.assert_allclose(seen.sum(), 1.0, rtol=1e-12)
+
+
+def test_chosens_share_is_the_sigmoid_of_dpos_margin():
+    chosen, rejected = golden_sides()
+    state = {'log_weights': jnp.array([0.0, -800.0])}
+    only = observed('learned', chosen, without(rejected, [0]), state=state)
+    np.testing.assert_allclose(only[:, 0], [1.0, 0.0], atol=1e-300)
+    state = {'log_weights': jnp.log(jnp.array([0.5, 0.5]))}
+    responsible = [1 / (1 + np.exp(7.0)), 1 / (1 + np.exp(-8.0))]
+    share = 1 / (1 + np.exp(-4.0))
+    np.testing.assert_allclose(
+        observed('learned', chosen, rejected, state=state)[0, 0],
+        share * responsible[0] + (1 - share) * responsible[1],
+        rtol=1e-12,
+    )
+
+
+def test_an_empty_slot_has_no_responsibilities():
+    chosen, rejected = sides(empty=(0,))
+    seen = observed('learned', chosen, rejected, state=first_state('learned'))
+    np.testing.assert_array_equal(seen[:, 0], np.zeros(3))
+
+
+@pytest.mark.parametrize('rate', [0.1, 1.0])
+def test_learned_weights_converge_to_the_fixed_point_of_expectation_maximisation(rate):
+    chosen, rejected = sides(seed=11)
+    # Nearly alike, so that the best mixture holds more than one of them.
+    chosen, rejected = (
+        side.replace(reference_logps=side.reference_logps * 0.3, policy_logps=side.policy_logps * 0.3)
+        for side in (chosen, rejected)
+    )
+    weights = np.full(3, 1 / 3)
+    for _ in range(4000):
+        weights = responsibilities_loop(chosen, rejected, weights, 0)
+    entry = weighting.find('learned')
+
+    def step(state, _):
+        return entry.update(state, observed('learned', chosen, rejected, state=state).mean(axis=-1), rate=rate), None
+
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=int(4000 / rate)))(first_state('learned'))
+    np.testing.assert_allclose(np.exp(state['log_weights']), weights, atol=1e-6)
+    np.testing.assert_allclose(weights_of('learned', chosen, rejected, state=state)[:, 0], weights, atol=1e-6)
+    assert (np.sort(weights)[-2:] > 0.05).all()
+
+
+def test_learned_weights_move_by_the_rate():
+    state = {'log_weights': jnp.log(jnp.array([0.5, 0.25, 0.25]))}
+    moved = weighting.find('learned').update(state, jnp.array([0.1, 0.2, 0.7]), rate=0.2)
+    np.testing.assert_allclose(np.exp(moved['log_weights']), [0.42, 0.24, 0.34], rtol=1e-12)
+
+
+@pytest.mark.parametrize('rate', [0.5, 1.0])
+def test_a_weight_is_never_lost_for_good(rate):
+    entry = weighting.find('learned')
+    state = jax.tree.map(lambda x: x.astype(jnp.float32), first_state('learned', references=2))
+    for _ in range(400):
+        state = entry.update(state, jnp.array([1.0, 0.0], jnp.float32), rate=rate)
+    weights = np.exp(np.asarray(state['log_weights']))
+    assert np.isfinite(state['log_weights']).all() and 0 < weights[1] < 1e-30
+    state = entry.update(state, jnp.array([0.0, 1.0], jnp.float32), rate=0.5)
+    np.testing.assert_allclose(np.exp(state['log_weights']), [0.5, 0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name, nearest', [('arwk', 'arwc'), ('swcw_one_hut', 'swcw_one_hot')])
+def test_an_unknown_weighting_names_the_nearest(name, nearest):
+    with pytest.raises(InputError, match=f'Did you mean {nearest!r}'):
+        weighting.find(name)
