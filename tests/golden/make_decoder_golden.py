@@ -15,8 +15,8 @@ from tiny_decoders import CONFIGS, loud_params, tokens_of
 AT = [0, 6, 39]  # the positions whose logits are kept: before, within and beyond the sliding windows
 
 
-def torch_logits(config, params, tokens):
-    """Float32 logits [R, T, V] of transformers' eager implementation with our parameters."""
+def torch_model(config, params):
+    """transformers' eager implementation with our parameters, float32."""
     settings = copy.deepcopy(config)  # transformers writes into what it is given
     model_config = transformers.AutoConfig.for_model(settings.pop('model_type'), **settings)
     model = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation='eager')
@@ -24,8 +24,18 @@ def torch_logits(config, params, tokens):
     tied = {'lm_head.weight'} if config['tie_word_embeddings'] else set()
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
     model.tie_weights()
+    return model.eval().float()
+
+
+def logits_of(model, tokens):
+    """Float32 logits [R, T, V]."""
     with torch.no_grad():
-        return model.eval().float()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def torch_logits(config, params, tokens):
+    """Float32 logits [R, T, V] of transformers' eager implementation with our parameters."""
+    return logits_of(torch_model(config, params), tokens)
 
 
 def _state_dict(config, params):
