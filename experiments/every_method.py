@@ -161,7 +161,7 @@ def experiment(root: pathlib.Path, folder: str, case: Case, start: str, roles: d
         model=dataclasses.replace(shared.model, source=start),
         references={'initial': Reference(), **{role: Reference(source) for role, source in roles.items()}},
         data=dataclasses.replace(shared.data, train=training, evaluation=held_out),
-        objective=spelled_out({case.loss: case.words}),
+        objective=spelled_out({case.loss: case.words}, ('initial', *roles)),
         optimizer=dataclasses.replace(shared.optimizer, learning_rate=rate),
     )
     return Experiment(pathlib.Path(__file__), config, None)

@@ -44,26 +44,26 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def restore(self, step: int, shapes: TrainState, references: dict) -> TrainState:
+    def restore(self, step: int, shapes: TrainState, unsaved: dict[str, dict]) -> TrainState:
         """The state saved at `step`.
 
         Args:
           shapes: a TrainState of ShapeDtypeStructs with the shardings wanted now, of any mesh.
-          references: the reference parameters, which are not in the checkpoint.
+          unsaved: `reference_params` and `base_params`, which are frozen and not in the checkpoint.
         """
         saved = self._checkpointer.load(step, _saved(shapes))
-        return TrainState(reference_params=references, **saved)
+        return TrainState(**saved, **unsaved)
 
-    def restore_without_optimizer(self, step: int, shapes: TrainState, references: dict) -> TrainState:
+    def restore_without_optimizer(self, step: int, shapes: TrainState, unsaved: dict[str, dict]) -> TrainState:
         """The state saved at `step` as far as evaluation reads it; arguments as for `restore`."""
         wanted = _saved(shapes)
         unread = {'opt_state': jax.tree.map(lambda _: ocp.PLACEHOLDER, wanted['opt_state'])}
         saved = self._checkpointer.load(step, wanted | unread)
-        return TrainState(reference_params=references, **saved | {'opt_state': ()})
+        return TrainState(**saved | {'opt_state': ()}, **unsaved)
 
 
 def _saved(state: TrainState) -> dict:
-    names = ('step', 'params', 'opt_state', 'method_state', 'method_params')
+    names = ('step', 'params', 'opt_state', 'method_state', 'method_params', 'average_params')
     return {name: getattr(state, name) for name in names}
 
 

@@ -50,6 +50,9 @@ TOOLS = {
 }
 COMMANDS = {
     'train': Command(train, commands.dry_run, 'train a policy on preference pairs, or resume'),
+    'references': Command(
+        commands.references, commands.dry_run_references, 'compute tables of reference log-probabilities'
+    ),
     'evaluate': Command(commands.evaluate, commands.dry_run, 'evaluate the newest checkpoint of a run'),
     'sample': Command(commands.sample, commands.dry_run_sample, 'sample completions, and make pairs by a reward'),
     'export': Command(commands.export, commands.dry_run_export, 'write the policy as a Hugging Face directory'),

@@ -1,21 +1,25 @@
-"""The commands beside `train`: evaluate, sample, export; and what each says it would do."""
+"""The commands beside `train`: references, evaluate, sample, export; and what each says it would do."""
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 
 from jaxpo import evaluate as evaluation
-from jaxpo import report
+from jaxpo import report, tabulate, weighing
 from jaxpo.checkpoint import open_checkpoints
 from jaxpo.console import console
 from jaxpo.data.prompts import Prompt, read_prompts
 from jaxpo.errors import InputError
 from jaxpo.evaluate import Sampled
 from jaxpo.experiment import Experiment
-from jaxpo.models.checkpoint import load_params, write_hugging_face
-from jaxpo.run import Run, Schedule, abstract_state, load_references, load_start, prepare, read_pairs
+from jaxpo.loading import abstract_state, load_start, load_unsaved, load_weights
+from jaxpo.models.checkpoint import write_hugging_face
+from jaxpo.models.lora import combined, merged
+from jaxpo.models.peft import write_adapter
+from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs
 from jaxpo.state import TrainState
 
 
@@ -26,13 +30,35 @@ def dry_run(experiment: Experiment) -> None:
     report.print_dry_run(run, pairs, Schedule(run.config.train, len(pairs.train)))
 
 
+def references(experiment: Experiment) -> None:
+    """Computes the tables of the run's references ahead of training, for all of its pairs, and says where they are."""
+    run = _with_tables(experiment)
+    _, filled = tabulate.attach(run, read_pairs(run))
+    report.print_tables(filled)
+
+
+def dry_run_references(experiment: Experiment) -> None:
+    """Checks an experiment and prints what its tables lack; writes nothing."""
+    run = _with_tables(experiment)
+    report.print_tables(tabulate.missing(run, read_pairs(run)), computed='to compute')
+
+
+def _with_tables(experiment: Experiment) -> Run:
+    run = prepare(experiment)
+    if not run.held('table'):
+        names = ', '.join(run.config.references) or 'none'
+        raise InputError(f'references: no reference is read from a table ({names}). Set references.NAME.table.')
+    return run
+
+
 def evaluate(experiment: Experiment) -> None:
     """Evaluates the newest checkpoint of a run (its model's source, where there is none) and prints the table."""
     run = prepare(experiment)
     pairs = read_pairs(run)
     if not pairs.evaluation:
         raise InputError('data.evaluation names no pairs to evaluate on.')
-    state = _newest(run)
+    pairs, _ = tabulate.attach(run, dataclasses.replace(pairs, train=[]))
+    state = _newest(run, pairs)
     step = int(state.step)
     found = evaluation.evaluate(evaluation.make_evaluator(run, pairs.evaluation), state)
     if found.samples:
@@ -45,11 +71,13 @@ def sample(experiment: Experiment) -> None:
     """Samples completions of prompts, one JSON line each; and best-against-worst pairs, where the config asks."""
     run = prepare(experiment)
     prompts = _prompts(run)
-    step, params = _policy(run) if run.config.sample.policy == 'newest' else _initial(run)
-    console().print(f'Sampling {len(prompts)} x {run.config.sample.completions} completions after step {step}.')
-    groups = evaluation.generate(run, params, prompts, run.config.sample.completions, run.config.sample)
+    newest = run.config.sample.policy == 'newest'
+    state = _policy(run) if newest else load_start(run, references=False)
+    completions = run.config.sample.completions
+    console().print(f'Sampling {len(prompts)} x {completions} completions after step {int(state.step)}.')
+    groups = evaluation.generate(run, state.policy, prompts, completions, run.config.sample)
     sampled = [
-        [evaluation.describe(run, prompt, generated, None) for generated in group]
+        [evaluation.describe(run, prompt, generated, {}) for generated in group]
         for prompt, group in zip(prompts, groups)
     ]
     path = run.directory / run.config.sample.output
@@ -68,13 +96,17 @@ def dry_run_sample(experiment: Experiment) -> None:
 
 
 def export(experiment: Experiment) -> None:
-    """Writes the newest policy of a run as a Hugging Face directory that transformers opens."""
+    """Writes the newest policy of a run: a Hugging Face directory that transformers opens, or a PEFT adapter."""
     run = prepare(experiment)
-    step, params = _policy(run)
-    directory = _export_directory(run)
+    state = _policy(run)
+    directory, step = _export_directory(run), int(state.step)
+    if run.config.export.form == 'adapter':
+        write_adapter(directory, state.params, run.lora, run.pretrained.architecture, run.pretrained.source)
+        console().print(f'Wrote the adapter of {run.pretrained.name} after {step} steps to {directory}.')
+        return
     write_hugging_face(
         directory,
-        params,
+        _whole(run, state),
         run.pretrained.hugging_face_config,
         run.tokenizer,
         generation_config=run.pretrained.generation_config,
@@ -98,31 +130,37 @@ def _export_dtype(run: Run) -> str:
     return run.pretrained.dtype if run.config.export.dtype == 'source' else run.config.export.dtype
 
 
-def _newest(run: Run) -> TrainState:
+def _whole(run: Run, state: TrainState):
+    """The policy's float32 weights, its adapter merged in: into those of the source, not a copy in fewer bits."""
+    if not run.lora:
+        return state.params
+    shardings = abstract_state(run)[1].base_params
+    merge = jax.jit(merged, static_argnums=1, out_shardings=shardings)
+    return merge(combined(load_weights(run, None, shardings), state.params), run.lora)
+
+
+def _newest(run: Run, pairs: Pairs) -> TrainState:
     """The newest checkpoint's state without its optimizer, or that at step 0 where nothing was trained."""
-    shapes, shardings = abstract_state(run)
-    return _restored(run, lambda: load_references(run, shardings), shapes) or load_start(run)
+    restored = _restored(run, references=True)
+    return restored or weighing.weigh(run, load_start(run), pairs.validation)
 
 
-def _policy(run: Run):
-    """The step and parameters of the newest checkpoint, or the source's where nothing was trained."""
-    state = _restored(run, dict, abstract_state(run)[0])
-    return _initial(run) if state is None else (int(state.step), state.params)
+def _policy(run: Run) -> TrainState:
+    """The newest checkpoint's state, or the source's where nothing was trained, without references."""
+    return _restored(run, references=False) or load_start(run, references=False)
 
 
-def _restored(run: Run, references: Callable[[], dict], shapes: TrainState) -> TrainState | None:
+def _restored(run: Run, *, references: bool) -> TrainState | None:
     """The newest checkpoint's state without its optimizer, or None."""
     directory = run.directory / 'checkpoints'
     if not directory.is_dir():
         return None
     with open_checkpoints(directory, run.config.train.keep_checkpoints) as checkpoints:
         step = checkpoints.latest()
-        return None if step is None else checkpoints.restore_without_optimizer(step, shapes, references())
-
-
-def _initial(run: Run):
-    _, shardings = abstract_state(run)
-    return 0, load_params(run.pretrained, shardings.params, run.config.train.seed)
+        if step is None:
+            return None
+        shapes, _ = abstract_state(run)
+        return checkpoints.restore_without_optimizer(step, shapes, load_unsaved(run, references=references))
 
 
 def _prompts(run: Run) -> list[Prompt]:

@@ -168,6 +168,8 @@ class Train:
 class Evaluate:
     pairs: int | None = None
     """Held-out pairs to score; None scores all."""
+    validation_pairs: int = 64
+    """Validation pairs, drawn anew for each step, that judge it where the mixture's weights are `tsw`."""
     sample_prompts: int = 0
     """Held-out prompts to sample two completions each for, as `sample` says; 0 samples none."""
     show: int = 3

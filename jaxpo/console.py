@@ -25,11 +25,11 @@ def console() -> Console:
 
 
 @contextlib.contextmanager
-def progress(steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Gives `show(step, metrics)`, to be called as steps finish."""
+def progress(steps: int, done: int = 0, what: str = 'step') -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Gives `show(step, metrics)`, to be called as steps, or what else is counted, finish."""
     out = console()
     if not out.is_terminal:
-        yield _plain_lines(out, steps)
+        yield _plain_lines(out, steps, what)
         return
     columns = (
         BarColumn(bar_width=12),
@@ -38,18 +38,18 @@ def progress(steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, floa
         TextColumn('{task.fields[status]}'),
     )
     with Progress(*columns, console=out) as bar:
-        task = bar.add_task('training', total=steps, completed=done, status='compiling')
+        task = bar.add_task(what, total=steps, completed=done, status='compiling')
         yield lambda step, metrics: bar.update(task, completed=step, status=_status(metrics))
 
 
-def _plain_lines(out: Console, steps: int) -> Callable[[int, Mapping[str, float]], None]:
+def _plain_lines(out: Console, steps: int, what: str) -> Callable[[int, Mapping[str, float]], None]:
     last = -SECONDS_BETWEEN_LINES
 
     def show(step, metrics):
         nonlocal last
         if time.monotonic() - last >= SECONDS_BETWEEN_LINES or step == steps:
             last = time.monotonic()
-            out.print(f'step {step}/{steps}  {_status(metrics)}')
+            out.print(f'{what} {step}/{steps}  {_status(metrics)}'.rstrip())
 
     return show
 

@@ -32,7 +32,7 @@ class Sampled:
     tokens: int  # its end token included
     ended: bool
     reward: float | None  # by the experiment's `reward`, where it has one
-    log_ratio: float | None  # log pi - log pi_ref, nats, where there is a reference
+    log_ratios: dict[str, float]  # log pi - log pi_ref, nats, to each reference whose weights are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Evaluator:
     pairs: list[Pair]
     prompts: list[Prompt]
     eval_step: Callable[..., dict[str, jax.Array]]
-    score_step: Callable[..., dict[str, jax.Array]] | None  # where there is a reference to measure against
+    measured: tuple[str, ...]  # references whose weights are in memory
+    score_step: Callable[..., dict[str, jax.Array]]
 
 
 def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
@@ -61,24 +62,26 @@ def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
     held_out = []
     if count:
         held_out = prompt_files.read_prompts(run.config.data.evaluation, run.config.data, run.tokenizer)[:count]
-    measured = run.objective.references
-    score_step = jax.jit(step.make_score_step(run.models, measured[0])) if measured else None
-    return Evaluator(run, pairs, held_out, jax.jit(step.make_eval_step(run.models, run.objective)), score_step)
+    models = run.models
+    measured = tuple(name for name in run.objective.references if models.frozen[name].weights != 'table')
+    score_step = jax.jit(step.make_score_step(models, measured))
+    return Evaluator(run, pairs, held_out, jax.jit(step.make_eval_step(models, run.objective)), measured, score_step)
 
 
 def evaluate(evaluator: Evaluator, state: TrainState) -> Evaluation:
     """Scores the held-out pairs and samples the held-out prompts, where there are any. Needs no optimizer state.
 
     `eval/reward` and `eval/kl` are means over samples, each with its standard error over prompts; `eval/kl` estimates
-    KL(policy || reference) of whole completions, nats, where `sample` draws from the policy itself.
+    KL(policy || reference) of whole completions, nats, where `sample` draws from the policy itself. It is to the first
+    reference; where there are several, `eval/kl/NAME` is to each. A reference read from a table has none.
     """
     run, metrics, samples, shown = evaluator.run, {}, [], []
     if evaluator.pairs:
         metrics |= _score_pairs(evaluator, state)
     if evaluator.prompts:
-        samples = _sample(evaluator, state.params, state.reference_params)
-        metrics |= _summary(samples)
-        shown = _show(run, state.params, evaluator.prompts[: run.config.evaluate.show])
+        samples = _sample(evaluator, state)
+        metrics |= _summary(samples, run.objective.references)
+        shown = _show(run, state.policy, evaluator.prompts[: run.config.evaluate.show])
     return Evaluation({f'eval/{name}': value for name, value in metrics.items()}, samples, shown)
 
 
@@ -100,13 +103,12 @@ def _batches(run: Run, pairs: Sequence[Pair]):
         yield make_batch(run, pairs[start : start + size])
 
 
-def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
-    run = evaluator.run
-    prompts = evaluator.prompts
-    groups = generate(run, params, prompts, COMPLETIONS, run.config.sample)
-    log_ratios = [[None] * COMPLETIONS for _ in prompts]
-    if evaluator.score_step:
-        log_ratios = _log_ratios(evaluator, params, reference_params, groups)
+def _sample(evaluator: Evaluator, state: TrainState) -> list[Sampled]:
+    run, prompts = evaluator.run, evaluator.prompts
+    groups = generate(run, state.policy, prompts, COMPLETIONS, run.config.sample)
+    log_ratios = [[{}] * COMPLETIONS for _ in prompts]
+    if evaluator.measured:
+        log_ratios = _log_ratios(evaluator, state, groups)
     return [
         describe(run, prompt, generated, log_ratio)
         for prompt, group, ratios in zip(prompts, groups, log_ratios)
@@ -117,7 +119,7 @@ def _sample(evaluator: Evaluator, params, reference_params) -> list[Sampled]:
 def _show(run: Run, params, prompts: Sequence[Prompt]) -> list[Sampled]:
     greedy = dataclasses.replace(run.config.sample, temperature=0.0, batch=max(1, len(prompts)))
     groups = generate(run, params, prompts, 1, greedy)
-    return [describe(run, prompt, generated, None) for prompt, (generated,) in zip(prompts, groups)]
+    return [describe(run, prompt, generated, {}) for prompt, (generated,) in zip(prompts, groups)]
 
 
 def generate(
@@ -139,7 +141,7 @@ def generate(
     )
 
 
-def describe(run: Run, prompt: Prompt, generated: sampling.Generated, log_ratio: float | None) -> Sampled:
+def describe(run: Run, prompt: Prompt, generated: sampling.Generated, log_ratios: dict[str, float]) -> Sampled:
     """A generated completion as text, with its reward."""
     completion = run.tokenizer.decode(generated.tokens, skip_special_tokens=True)
     reward = run.experiment.reward
@@ -149,11 +151,11 @@ def describe(run: Run, prompt: Prompt, generated: sampling.Generated, log_ratio:
         len(generated.scored_tokens),
         generated.ended,
         None if reward is None else float(reward(prompt.text, completion)),
-        log_ratio,
+        log_ratios,
     )
 
 
-def _log_ratios(evaluator: Evaluator, params, reference_params, groups) -> list[list[float]]:
+def _log_ratios(evaluator: Evaluator, state: TrainState, groups) -> list[list[dict[str, float]]]:
     """log pi - log pi_ref of each completion. Two samples of a prompt make one pair of a row."""
     pairs = [
         Pair(prompt.ids, *(generated.scored_tokens for generated in group), index)
@@ -161,25 +163,27 @@ def _log_ratios(evaluator: Evaluator, params, reference_params, groups) -> list[
     ]
     ratios: list[Any] = [None] * len(pairs)
     for batch in _batches(evaluator.run, pairs):
-        scored = jax.device_get(evaluator.score_step(params, reference_params, batch))
+        scored = jax.device_get(evaluator.score_step(state.params, state.frozen, batch))
         places = np.asarray(jax.device_get(batch.pair_index)).reshape(-1)
-        for place, chosen, rejected in zip(places, scored['chosen'].reshape(-1), scored['rejected'].reshape(-1)):
+        sides = [np.moveaxis(scored[side], 1, -1).reshape(len(places), -1) for side in ('chosen', 'rejected')]
+        for place, *both in zip(places, *sides):
             if place >= 0:
-                ratios[place] = [float(chosen), float(rejected)]
+                ratios[place] = [dict(zip(evaluator.measured, map(float, one))) for one in both]
     return ratios
 
 
-def _summary(samples: Sequence[Sampled]) -> dict[str, float]:
+def _summary(samples: Sequence[Sampled], references: Sequence[str]) -> dict[str, float]:
     metrics = {
         'completion_tokens': float(np.mean([sample.tokens for sample in samples])),
         'ended': float(np.mean([sample.ended for sample in samples])),
     }
-    for name, values in {
-        'reward': [sample.reward for sample in samples],
-        'kl': [sample.log_ratio for sample in samples],
-    }.items():
-        if values[0] is not None:
-            metrics[name], metrics[f'{name}_standard_error'] = mean_and_standard_error(values)
+    columns = {} if samples[0].reward is None else {'reward': [sample.reward for sample in samples]}
+    for place, name in enumerate(references):
+        if name in samples[0].log_ratios:
+            ratios = [sample.log_ratios[name] for sample in samples]
+            columns |= ({'kl': ratios} if place == 0 else {}) | ({f'kl/{name}': ratios} if len(references) > 1 else {})
+    for name, values in columns.items():
+        metrics[name], metrics[f'{name}_standard_error'] = mean_and_standard_error(values)
     return metrics
 
 

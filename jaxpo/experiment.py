@@ -42,7 +42,7 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
     config = module.get_config()
     if not isinstance(config, Config):
         raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
-    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective))
+    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective, tuple(config.references)))
     config = tyro.cli(Config, default=config, args=list(overrides), prog=f'jaxpo {command} {path}')
     return Experiment(pathlib.Path(path), config, getattr(module, 'reward', None))
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ from jaxpo.data.audit import overlaps
 from jaxpo.data.audit import table as audit_table
 from jaxpo.data.rows import Shape, lengths_of, row_tokens, run_shapes
 from jaxpo.experiment import to_json
+from jaxpo.loading import abstract_state
 from jaxpo.metrics import read_metrics
-from jaxpo.run import Pairs, Run, Schedule, abstract_state, make_batch
+from jaxpo.run import Pairs, Run, Schedule, make_batch
+from jaxpo.tabulate import Filled
 
 # What the table of results shows, where a run has it: the metric, its name for people, and the better direction.
 RESULTS = (
@@ -22,10 +25,17 @@ RESULTS = (
     ('eval/kl', 'KL to reference (nats)', 'lower'),
     ('eval/rewards/accuracies', 'held-out accuracy', 'higher'),
     ('eval/rewards/margins', 'held-out margin (nats)', 'higher'),
+    ('eval/logps/accuracies', 'accuracy without reference', 'higher'),
     ('eval/loss', 'held-out loss', 'lower'),
     ('eval/logps/chosen', 'logp of chosen (nats)', ''),
     ('eval/logps/rejected', 'logp of rejected (nats)', ''),
     ('eval/completion_tokens', 'tokens of a sample', ''),
+)
+
+BY_REFERENCE = (
+    ('eval/kl/', '', 'KL to {} (nats)'),
+    ('eval/references/', '/weight', 'weight of {}'),
+    ('eval/references/', '/accuracies', 'accuracy of {} itself'),
 )
 
 
@@ -46,6 +56,24 @@ def print_header(run: Run, pairs: Pairs, schedule: Schedule) -> None:
             out.print(f'overlap    {split}: {shared}')
     out.print(f'steps      {schedule.steps} of {settings.train.batch_pairs} pairs, {tokens:,} tokens')
     out.print(f'output     {escape(str(run.directory))}')
+
+
+def print_tables(filled: Sequence[Filled], computed: str = 'computed') -> None:
+    """What tables of references hold for this run, and how many completions were computed for it."""
+    if not filled:
+        return
+    header = ('reference', 'completions', computed, 'seconds', 'directory')
+    rows = [
+        (
+            one.reference,
+            str(one.completions),
+            str(one.computed),
+            f'{one.seconds:.1f}',
+            ', '.join(map(str, one.directories)),
+        )
+        for one in filled
+    ]
+    console().print(table('Tables of references', header, rows))
 
 
 def print_dry_run(run: Run, pairs: Pairs, schedule: Schedule) -> None:
@@ -95,12 +123,7 @@ def _bytes(run: Run, pairs: Pairs, schedule: Schedule) -> list[tuple[str, str]]:
         'policy (float32)': sharding.bytes_per_device(shapes.params, shardings.params),
         'gradients (float32)': sharding.bytes_per_device(shapes.params, shardings.params),
         'optimizer': sharding.bytes_per_device(shapes.opt_state, shardings.opt_state),
-        **{
-            f'reference {name} ({run.config.model.dtype})': sharding.bytes_per_device(
-                shapes.reference_params[name], shardings.reference_params[name]
-            )
-            for name in run.config.references
-        },
+        **_reference_bytes(run, shapes, shardings),
         "method's own state and parts": sharding.bytes_per_device(
             (shapes.method_state, shapes.method_params), (shardings.method_state, shardings.method_params)
         ),
@@ -113,6 +136,17 @@ def _bytes(run: Run, pairs: Pairs, schedule: Schedule) -> list[tuple[str, str]]:
         for name, size in {**sizes, 'total, activations aside': sum(sizes.values())}.items()
         if size
     ]
+
+
+def _reference_bytes(run: Run, shapes, shardings) -> dict[str, int]:
+    """By what is shown of it: the policy beneath its adapter, and every reference with weights of its own."""
+    trees = {f'policy beneath its adapter ({run.dtype})': (shapes.base_params, shardings.base_params)}
+    for name, tree in shapes.reference_params.items():
+        where = " in the host's memory" if run.in_host(name) else ''
+        trees[f'reference {name} ({run.dtype_of(name)}){where}'] = (tree, shardings.reference_params[name])
+    for name, tree in shapes.average_params.items():
+        trees[f'reference {name} (float32, follows the policy)'] = (tree, shardings.average_params[name])
+    return {label: sharding.bytes_per_device(*pair) for label, pair in trees.items()}
 
 
 def _layout(run: Run, pairs: Pairs, schedule: Schedule, step: int):
@@ -132,8 +166,7 @@ def print_results(run: Run, steps: int) -> None:
     if after:
         rows = [
             (label, _with_error(before, name), _with_error(after, name), better)
-            for name, label, better in RESULTS
-            if name in after
+            for name, label, better in _rows_of(after)
         ]
         out.print(table(f'{run.pretrained.name}: {steps} steps', ('', 'before', 'after', 'better'), rows))
     _print_samples(run, steps)
@@ -142,8 +175,19 @@ def print_results(run: Run, steps: int) -> None:
 
 def print_evaluation(run: Run, step: int, metrics: dict[str, float]) -> None:
     """One evaluation as a table."""
-    rows = [(label, _with_error(metrics, name), better) for name, label, better in RESULTS if name in metrics]
+    rows = [(label, _with_error(metrics, name), better) for name, label, better in _rows_of(metrics)]
     console().print(table(f'{run.pretrained.name} after {step} steps', ('', 'value', 'better'), rows))
+
+
+def _rows_of(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """What is shown of an evaluation: the metric, its name for people, the better direction."""
+    shown = [row for row in RESULTS if row[0] in metrics]
+    for prefix, suffix, label in BY_REFERENCE:
+        for metric in metrics:
+            name = metric.removeprefix(prefix).removesuffix(suffix)
+            if metric == f'{prefix}{name}{suffix}' and not name.endswith('_standard_error') and '/' not in name:
+                shown.append((metric, label.format(name), ''))
+    return shown
 
 
 def _with_error(metrics: dict[str, float], name: str) -> str:

@@ -1,9 +1,9 @@
-"""What every command sets up first: an experiment checked, its model opened, its pairs audited, its state loaded."""
+"""What every command sets up first: an experiment checked, its models opened, its pairs audited."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from jaxpo.data import audit, rows, sampler, sources
 from jaxpo.data.columns import Wanted
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
-from jaxpo.models.checkpoint import load_params
-from jaxpo.models.decoder import Decoder, abstract_params
+from jaxpo.models import lora
+from jaxpo.models.decoder import Decoder
+from jaxpo.models.lora import Lora
 from jaxpo.models.source import Pretrained, open_model
 from jaxpo.objective import Objective
-from jaxpo.scoring import Models
-from jaxpo.settings import check_method_settings, check_settings
-from jaxpo.state import TrainState
+from jaxpo.scoring import FrozenModel, Models
+from jaxpo.settings import check_objective_settings, check_settings
+from jaxpo.step import Average
 from jaxpo.types import Batch, Pair
 
 
@@ -38,6 +39,8 @@ class Run:
     pretrained: Pretrained
     references: dict[str, Pretrained]  # those with sources of their own, not `policy`
     tokenizer: transformers.PreTrainedTokenizerFast
+    reference_tokenizers: dict[str, transformers.PreTrainedTokenizerFast]  # those that differ from the policy's
+    lora: Lora | None
     optimizer: optax.GradientTransformation
 
     @property
@@ -49,16 +52,52 @@ class Run:
         return pathlib.Path(self.config.output)
 
     @property
-    def decoder(self) -> Decoder:
-        return self._decoder(self.pretrained)
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return jnp.dtype(self.config.model.dtype)
 
     @property
-    def reference_decoders(self) -> dict[str, Decoder]:
-        return {name: self._decoder(self.references.get(name, self.pretrained)) for name in self.config.references}
+    def decoder(self) -> Decoder:
+        """The policy's."""
+        return self._decoder(self.pretrained, self.lora)
 
     @property
     def models(self) -> Models:
-        return Models(self.decoder, self.reference_decoders, self.mesh)
+        frozen = {name: self._frozen_model(name) for name in self.config.references}
+        return Models(self.decoder, frozen, self.mesh)
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """The references that follow the policy."""
+        references = self.config.references.items()
+        return {name: Average(r.update_every, r.update_rate) for name, r in references if r.update_every}
+
+    def held(self, weights: str) -> tuple[str, ...]:
+        """Names of the frozen models with `weights` of this kind (`scoring.FrozenModel`), averages left out."""
+        frozen = self.models.frozen.items()
+        return tuple(name for name, model in frozen if model.weights == weights and name not in self.averages)
+
+    def pretrained_of(self, name: str) -> Pretrained:
+        """The source of a frozen model."""
+        return self.references.get(name, self.pretrained)
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Directory of the PEFT adapter that is merged into a frozen model, or into the policy (None)."""
+        if name is None or self.copies_policy(name):
+            return self.config.model.adapter
+        return self.config.references[name].adapter
+
+    def copies_policy(self, name: str) -> bool:
+        """Whether a frozen model is the policy as it starts."""
+        return self.config.references[name].source == 'policy' and self.config.references[name].adapter is None
+
+    def dtype_of(self, name: str) -> jnp.dtype:
+        """The dtype that the matrices of a frozen model are held in."""
+        held = self.config.references[name].dtype
+        return self.dtype if held == 'model' else jnp.dtype(held)
+
+    def in_host(self, name: str) -> bool:
+        return self.config.references[name].memory == 'pinned_host'
 
     @property
     def traced(self) -> dict:
@@ -70,10 +109,24 @@ class Run:
         """Devices that rows are split over."""
         return self.mesh.size
 
-    def _decoder(self, pretrained: Pretrained) -> Decoder:
-        dtype, remat = jnp.dtype(self.config.model.dtype), self.config.model.remat
+    def _frozen_model(self, name: str) -> FrozenModel:
+        reference, follows = self.config.references[name], name in self.averages
+        under_adapter = self.lora is not None and self.copies_policy(name)
+        if reference.table:
+            weights = 'table'
+        elif under_adapter and follows:
+            weights = 'adapter'
+        elif under_adapter and reference.memory == 'device' and self.dtype_of(name) == self.dtype:
+            weights = 'base'
+        else:
+            weights = 'own'
+        lora = self.lora if weights == 'adapter' else None
+        return FrozenModel(self._decoder(self.pretrained_of(name), lora), weights, reference.memory)
+
+    def _decoder(self, pretrained: Pretrained, lora: Lora | None) -> Decoder:
         rows_sharding = NamedSharding(self.mesh, sharding.ROWS) if self.mesh.size > 1 else None
-        return Decoder(pretrained.architecture, dtype=dtype, remat=remat, rows=rows_sharding)
+        remat = self.config.model.remat
+        return Decoder(pretrained.architecture, dtype=self.dtype, remat=remat, rows=rows_sharding, lora=lora)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +145,53 @@ def prepare(experiment: Experiment) -> Run:
     settings = experiment.config
     check_settings(settings)
     objective = objectives.make(settings.objective, tuple(settings.references))
-    check_method_settings(settings.optimizer, objective)
+    check_objective_settings(settings, objective)
     if settings.model.dtype == 'float32':
         # Accelerators would otherwise round the factors of float32 products to fewer bits.
         jax.config.update('jax_default_matmul_precision', 'highest')
     mesh = sharding.make_mesh(settings.mesh)
     rows.check_rows(settings.rows, mesh.size)
+    adapter = lora.of(settings.lora)
     pretrained = open_model(settings.model.source, settings.model.revision, settings.model.tokenizer)
     tokenizer = pretrained.load_tokenizer()
-    references = {
-        name: _open_reference(name, reference, tokenizer)
-        for name, reference in settings.references.items()
-        if reference.source != 'policy'
-    }
+    references, tokenizers = {}, {}
+    for name, reference in settings.references.items():
+        if reference.source != 'policy':
+            references[name] = open_model(reference.source, reference.revision, reference.tokenizer)
+            _check_reference(name, reference, references[name], pretrained)
+            own = references[name].load_tokenizer()
+            if own.get_vocab() != tokenizer.get_vocab():
+                tokenizers[name] = own
+    _check_tokenizers(settings, objective, tokenizers)
     _check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
-    return Run(experiment, objective, mesh, pretrained, references, tokenizer, optimizer)
+    return Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
+
+
+def _check_reference(name: str, reference: config.Reference, opened: Pretrained, policy: Pretrained) -> None:
+    if reference.update_every and opened.architecture != policy.architecture:
+        raise InputError(
+            f'references.{name}: it cannot follow the policy (update_every) with another architecture than it.'
+        )
+
+
+def _check_tokenizers(settings: config.Config, objective: Objective, others: Mapping[str, Any]) -> None:
+    """InputError where a reference with another tokenizer is to be compared token by token."""
+    for name in others:
+        if not settings.references[name].table:
+            raise InputError(
+                f'references.{name}: its tokenizer differs from the policy, so their tokens cannot be compared. Its '
+                f'log-probabilities of whole completions can be read from a table: set references.{name}.table.'
+            )
+        if name in objective.models:
+            raise InputError(f'references.{name}: its tokenizer differs from the policy, but a loss reads its tokens.')
+        by_token = {*objective.needs.statistics} & {'reference_entropy'}
+        if by_token or objective.needs.companions:
+            what = ', '.join((*by_token, *(f'companion {name}' for name in objective.needs.companions)))
+            raise InputError(
+                f'references.{name}: its tokenizer differs from the policy, and it gives completions of pairs a '
+                f'number each; the objective also asks for: {what}.'
+            )
 
 
 def _check_vocabularies(objective: Objective, policy: Pretrained, references: Mapping[str, Pretrained]) -> None:
@@ -123,15 +207,6 @@ def _check_vocabularies(objective: Objective, policy: Pretrained, references: Ma
                 f'references.{name}: its head has {theirs} entries and the policy {ours}, so that no KL divergence '
                 f'between them is defined, which {names} needs.'
             )
-
-
-def _open_reference(name: str, reference: config.Reference, tokenizer) -> Pretrained:
-    pretrained = open_model(reference.source, reference.revision)
-    if pretrained.load_tokenizer().get_vocab() != tokenizer.get_vocab():
-        raise InputError(
-            f'references.{name}: its tokenizer differs from the policy, so their tokens cannot be compared.'
-        )
-    return pretrained
 
 
 def read_pairs(run: Run, *, train: bool = True) -> Pairs:
@@ -208,75 +283,3 @@ def make_batch(run: Run, pairs: Sequence[Pair]) -> Batch:
     """Pairs laid out as microbatches `[A, R, ...]` of rows, on the mesh. Each process makes all, places its own."""
     batch = rows.fill_rows(pairs, run.config.rows, row_multiple=run.row_multiple)
     return sharding.put(batch, run.mesh, sharding.MICROBATCHES)
-
-
-def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the TrainState, without making it. InputError where the mesh does not divide it."""
-    dtype = jnp.dtype(run.config.model.dtype)
-
-    def reference(name):
-        shapes = abstract_params(run.reference_decoders[name].architecture)
-        return jax.eval_shape(functools.partial(_frozen, dtype=dtype), shapes)
-
-    references = {name: reference(name) for name in run.config.references}
-    params = abstract_params(run.pretrained.architecture)
-
-    def create(params, references):
-        return state.create(params, references, run.optimizer, *init_method(run))
-
-    shapes = jax.eval_shape(create, params, references)
-    shardings = sharding.parameter_shardings(shapes, run.mesh)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return placed, shardings
-
-
-def init_method(run: Run) -> tuple[dict, dict]:
-    """What the objective's losses keep beside the policy, at step 0: running state and trained parts."""
-    measured = run.objective.references
-    read = run.reference_decoders[measured[0]] if measured and run.objective.token_masks else run.decoder
-    key = jax.random.key(run.config.train.seed)
-    architecture = read.architecture
-    params = objectives.init_params(run.objective, key, architecture.layers, architecture.width)
-    return objectives.init_state(run.objective), params
-
-
-def _frozen(params, dtype):
-    """A copy with matrices in the compute dtype. Vectors stay float32, as they are used: the copy computes the same."""
-
-    def copy(leaf, matrix):
-        return jnp.array(leaf, dtype if matrix else leaf.dtype, copy=True)
-
-    return jax.tree.map(copy, params, state.matrices(params))
-
-
-def load_references(run: Run, shardings: TrainState, policy=None) -> dict[str, Mapping]:
-    """Reference parameters, matrices in the compute dtype: copies, so that a donated policy takes none of them along.
-
-    `policy`: its parameters at step 0, where they are in memory already.
-    """
-    seed, dtype = run.config.train.seed, jnp.dtype(run.config.model.dtype)
-    freeze = jax.jit(functools.partial(_frozen, dtype=dtype))
-
-    def source(name):
-        if name in run.references:
-            return load_params(run.references[name], shardings.reference_params[name], seed)
-        return load_params(run.pretrained, shardings.params, seed) if policy is None else policy
-
-    return {name: freeze(source(name)) for name in run.config.references}
-
-
-def load_state(run: Run) -> TrainState:
-    """The state at step 0, read from the models' sources into its shardings."""
-    start, (_, shardings) = load_start(run), abstract_state(run)
-    return start.replace(opt_state=jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(start.trained))
-
-
-def load_start(run: Run) -> TrainState:
-    """The state at step 0 without its optimizer, as evaluation reads it."""
-    _, shardings = abstract_state(run)
-    params = load_params(run.pretrained, shardings.params, run.config.train.seed)
-    references = load_references(run, shardings, params)
-    method_shardings = (shardings.method_state, shardings.method_params)
-    method_state, method_params = jax.jit(functools.partial(init_method, run), out_shardings=method_shardings)()
-    step = jax.device_put(np.zeros((), np.int32), shardings.step)
-    return TrainState(step, params, references, (), method_state, method_params)

@@ -5,19 +5,30 @@ Only what the objective's losses ask for is computed.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxpo.completions import DIVERGENCES, POLICY_STATISTICS, Scored, at_places, completions
 from jaxpo.logps import Reference, token_statistics
 from jaxpo.models.activations import apply_collecting
 from jaxpo.models.decoder import Decoder, head_weight
+from jaxpo.models.lora import combined
 from jaxpo.objective import Objective
-from jaxpo.types import Batch, Completion, Places, TokenStatistics
+from jaxpo.types import Batch, Completion, TokenStatistics
 
-POLICY_STATISTICS = ('forward_kl', 'reverse_kl', 'entropy', 'log_sum_squares')
+
+@dataclasses.dataclass(frozen=True)
+class FrozenModel:
+    """A reference, or a model with a role of its own, and where its numbers come from."""
+
+    decoder: Decoder
+    weights: Literal['own', 'base', 'adapter', 'table']
+    """A parameter set of its own; the policy's weights beneath its adapter; those under an adapter of its own; or none,
+    as the batch brings its numbers."""
+    memory: Literal['device', 'pinned_host'] = 'device'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +36,7 @@ class Models:
     """How to compute hidden states of the policy and of each frozen model, and on which mesh (None: one device)."""
 
     policy: Decoder
-    references: Mapping[str, Decoder]
+    frozen: Mapping[str, FrozenModel]
     mesh: Mesh | None
 
 
@@ -38,36 +49,66 @@ class Frozen(NamedTuple):
     activations: dict[str, jax.Array]  # kind -> [N, R, S]
 
 
-class Scored(NamedTuple):
-    """All that is known of a microbatch's scored tokens, `[R, S]`, `[N, R, S]` for activations."""
+def fetched(models: Models, frozen: dict[str, Any]) -> dict[str, Any]:
+    """`TrainState.frozen` with all of it in the device's memory, for the length of a step."""
 
-    policy: TokenStatistics
-    references: list[jax.Array]
-    models: dict[str, jax.Array]
-    reference_entropy: jax.Array | None
-    activations: dict[str, jax.Array]
-    masks: dict[str, jax.Array]
-    prompt_hidden: jax.Array | None  # [R, P, D]
-    vocabulary: int
+    def fetch(name, params):
+        if models.frozen[name].memory == 'device':
+            return params
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, jax.memory.Space.Device), params)
+
+    return {**frozen, 'references': {name: fetch(name, held) for name, held in frozen['references'].items()}}
 
 
 def sides(
-    models: Models, objective: Objective, trained: dict[str, Any], reference_params, batch: Batch
+    models: Models, objective: Objective, trained: dict[str, Any], frozen: dict[str, Any], batch: Batch
 ) -> tuple[Completion, Completion]:
     """Chosen and rejected Completions of a microbatch's B = R * P pairs, with what the objective's losses need.
 
     Args:
       trained: as `TrainState.trained`: the policy, and the parts of methods.
+      frozen: as `TrainState.frozen`, on the device.
     """
-    return completions(scored(models, objective, trained, reference_params, batch), batch)
+    return completions(scored(models, objective, trained, frozen, batch), batch)
 
 
-def log_probabilities(models: Models, params, reference_params, batch: Batch) -> tuple[Completion, Completion]:
-    """Completions of a microbatch with log-probabilities alone, under policy and every one of `reference_params`."""
-    logps = [_logps(models.references[name], held, batch, models.mesh) for name, held in reference_params.items()]
-    policy = TokenStatistics(_logps(models.policy, params, batch, models.mesh))
-    bare = batch.replace(columns={}, companions={})
-    return completions(Scored(policy, logps, {}, None, {}, {}, None, head_weight(params).shape[0]), bare)
+def log_probabilities(
+    models: Models, references: tuple[str, ...], policy, frozen: dict[str, Any], batch: Batch
+) -> tuple[Completion, Completion]:
+    """Completions of a microbatch with log-probabilities alone, under the policy and those of `references`.
+
+    None of these is read from a table.
+    """
+    params = combined(frozen['base'], policy)
+    logps = {
+        name: _logps(models.frozen[name].decoder, frozen_params(models, frozen, name), batch, models.mesh)
+        for name in references
+    }
+    statistics = TokenStatistics(_logps(models.policy, params, batch, models.mesh))
+    bare = batch.replace(columns={}, companions={}, table={})
+    return completions(Scored(statistics, references, (), logps, {}, {}, {}, None, head_weight(params).shape[0]), bare)
+
+
+def token_table(
+    models: Models, reference: str, statistics: tuple[str, ...], frozen: dict[str, Any], batch: Batch
+) -> dict[str, dict[str, jax.Array]]:
+    """What a table holds of one reference: completion -> statistic of `TABLE_STATISTICS` -> `[R, P, C]` float32."""
+    asked = {'reference_entropy'} if 'entropy' in statistics else set()
+    params, decoder = frozen_params(models, frozen, reference), models.frozen[reference].decoder
+    found = _frozen(decoder, params, batch, models.mesh, asked, masks=False).statistics
+    places = {'chosen': batch.chosen, 'rejected': batch.rejected, **batch.companions}
+    return {
+        completion: {statistic: at_places(getattr(found, statistic), where) for statistic in statistics}
+        for completion, where in places.items()
+    }
+
+
+def frozen_params(models: Models, frozen: dict[str, Any], name: str):
+    """The whole parameter tree of a frozen model, which is not read from a table."""
+    if models.frozen[name].weights == 'base':
+        return frozen['base']
+    held = frozen['references'][name]
+    return combined(frozen['base'], held) if models.frozen[name].weights == 'adapter' else held
 
 
 def _logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> jax.Array:
@@ -76,42 +117,68 @@ def _logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> jax.Arr
     return token_statistics(hidden, head_weight(params), batch.target, softcap=softcap, mesh=mesh).logps
 
 
-def scored(models: Models, objective: Objective, trained: dict[str, Any], reference_params, batch: Batch) -> Scored:
+def scored(
+    models: Models, objective: Objective, trained: dict[str, Any], frozen: dict[str, Any], batch: Batch
+) -> Scored:
     """What the models say of a microbatch's scored tokens."""
     asked = set(objective.needs.statistics)
     references = objective.references if objective.runs_references else ()
-    first = references[0] if references else None
-    frozen = {}
-    for name in (*references, *objective.models):
-        # What else is asked of frozen models is asked of the reference that the policy is measured against.
-        more = asked if name == first else set()
-        masks = bool(objective.token_masks) and name == first
-        decoder, params = models.references[name], reference_params[name]
-        frozen[name] = _frozen(decoder, params, batch, models.mesh, more, masks=masks)
-    hidden, head = _states(models.policy, trained['policy'], batch), head_weight(trained['policy'])
-    reference = None
-    if asked & {'forward_kl', 'reverse_kl'}:
-        softcap = models.references[first].architecture.final_softcap
-        reference = Reference(frozen[first].hidden, head_weight(reference_params[first]), softcap)
-    policy = token_statistics(
-        hidden,
-        head,
-        batch.target,
-        statistics=tuple(name for name in POLICY_STATISTICS if name in asked),
-        reference=reference,
-        softcap=models.policy.architecture.final_softcap,
-        mesh=models.mesh,
-    )
+    live = [name for name in (*references, *objective.models) if models.frozen[name].weights != 'table']
+    params = {name: frozen_params(models, frozen, name) for name in live}
+    found = {}
+    for name in live:
+        more = asked if name in references else set()
+        # Masks and activations are those of the first reference: no mixture of them is defined.
+        first = name == references[0] if references else False
+        more = more if first else more - {'activations'}
+        masks = bool(objective.token_masks) and first
+        found[name] = _frozen(models.frozen[name].decoder, params[name], batch, models.mesh, more, masks=masks)
+    policy = combined(frozen['base'], trained['policy'])
+    hidden, head = _states(models.policy, policy, batch), head_weight(policy)
+    statistics, divergences = _policy_statistics(models, references, params, found, hidden, head, batch, asked)
+    entropies = {name: found[name].statistics.entropy for name in references if name in found}
+    first = found[references[0]] if references and references[0] in found else None
     return Scored(
-        policy,
-        [frozen[name].statistics.logps for name in references],
-        {name: frozen[name].statistics.logps for name in objective.models},
-        frozen[first].statistics.entropy if 'reference_entropy' in asked else None,
-        frozen[first].activations if 'activations' in asked else {},
-        _masks(objective.token_masks, trained['method'], frozen[first].layers) if objective.token_masks else {},
+        statistics,
+        references,
+        objective.models,
+        {name: found[name].statistics.logps for name in live},
+        divergences | ({'reference_entropy': entropies} if 'reference_entropy' in asked else {}),
+        first.activations if 'activations' in asked else {},
+        _masks(objective.token_masks, trained['method'], first.layers) if objective.token_masks else {},
         _prompt_hidden(hidden, batch) if 'prompt_hidden' in asked else None,
         head.shape[0],
     )
+
+
+def _policy_statistics(models: Models, references, params, found, hidden, head, batch: Batch, asked: set[str]):
+    """The policy's statistics, and by name the divergences asked for between it and each reference."""
+    own = tuple(name for name in POLICY_STATISTICS if name in asked)
+    between = tuple(name for name in DIVERGENCES if name in asked)
+    softcap = models.policy.architecture.final_softcap
+    if not between:
+        plain = token_statistics(
+            hidden, head, batch.target, statistics=own, reference=None, softcap=softcap, mesh=models.mesh
+        )
+        return plain, {}
+    divergences: dict[str, dict[str, jax.Array]] = {name: {} for name in between}
+    policy = None
+    for name in references:
+        cap = models.frozen[name].decoder.architecture.final_softcap
+        reference = Reference(found[name].hidden, head_weight(params[name]), cap)
+        statistics = token_statistics(
+            hidden,
+            head,
+            batch.target,
+            statistics=(own if policy is None else ()) + between,
+            reference=reference,
+            softcap=softcap,
+            mesh=models.mesh,
+        )
+        policy = statistics if policy is None else policy
+        for divergence in between:
+            divergences[divergence][name] = getattr(statistics, divergence)
+    return policy, divergences
 
 
 def _states(decoder: Decoder, params, batch: Batch) -> jax.Array:
@@ -165,73 +232,3 @@ def _prompt_hidden(hidden: jax.Array, batch: Batch) -> jax.Array:
     chosen_there = batch.chosen.weights[..., 0] > 0
     place = jnp.where(chosen_there, batch.chosen.place[..., 0], batch.rejected.place[..., 0])
     return jax.lax.stop_gradient(jnp.take_along_axis(hidden, place[..., None], axis=1).astype(jnp.float32))
-
-
-def completions(scored: Scored, batch: Batch) -> tuple[Completion, Completion]:
-    """Scored tokens of a microbatch -> chosen and rejected Completions of B = R * P pairs."""
-    companions = {name: _completion(_log_probabilities(scored), places) for name, places in batch.companions.items()}
-    chosen, rejected = (_completion(scored, places) for places in (batch.chosen, batch.rejected))
-    return (
-        chosen.replace(columns=_columns(batch, 'chosen_'), companions=companions),
-        rejected.replace(columns=_columns(batch, 'rejected_')),
-    )
-
-
-def _log_probabilities(scored: Scored) -> Scored:
-    """Of scored tokens, the log-probabilities alone: all that is read of a companion."""
-    return Scored(TokenStatistics(scored.policy.logps), scored.references, {}, None, {}, {}, None, scored.vocabulary)
-
-
-def _completion(scored: Scored, places: Places) -> Completion:
-    rows, pairs, tokens = places.place.shape
-    weights = places.weights.reshape(rows * pairs, tokens)
-
-    def pick(values):
-        """`[R, S] -> [B, C]`, 0 where weightless."""
-        if values is None:
-            return None
-        picked = jnp.take_along_axis(values, places.place.reshape(rows, -1), axis=1).reshape(rows * pairs, tokens)
-        return jnp.where(weights > 0, picked, 0.0)
-
-    references = jnp.zeros((0, rows * pairs, tokens))
-    if scored.references:
-        references = jnp.stack([pick(logps) for logps in scored.references])
-    return Completion(
-        pick(scored.policy.logps),
-        references,
-        weights,
-        **{name: pick(getattr(scored.policy, name)) for name in POLICY_STATISTICS},
-        reference_entropy=pick(scored.reference_entropy),
-        model_logps={name: pick(logps) for name, logps in scored.models.items()},
-        activations={kind: jax.vmap(pick)(values) for kind, values in scored.activations.items()},
-        masks={name: pick(mask) for name, mask in scored.masks.items()},
-        prompt_hidden=None if scored.prompt_hidden is None else scored.prompt_hidden.reshape(rows * pairs, -1),
-        vocabulary=scored.vocabulary,
-    )
-
-
-def _columns(batch: Batch, prefix: str) -> dict[str, jax.Array]:
-    """Columns of one side, or of the pair, by the name a loss knows: `[B]`, or `[B, C]` by token."""
-    other = {'chosen_': 'rejected_', 'rejected_': 'chosen_'}[prefix]
-    return {
-        name.removeprefix(prefix): values.reshape(-1, *values.shape[2:])
-        for name, values in batch.columns.items()
-        if not name.startswith(other)
-    }
-
-
-def merged(parts: Completion) -> Completion:
-    """Completions stacked by microbatch `[A, ..., B, ...]` -> one of A * B pairs."""
-
-    def merge(stacked: jax.Array, leading: int) -> jax.Array:
-        """`leading`: axes between that of microbatches and that of pairs."""
-        moved = jnp.moveaxis(stacked, 0, leading)
-        return moved.reshape(*moved.shape[:leading], -1, *moved.shape[leading + 2 :])
-
-    fields = {
-        'reference_logps': merge(parts.reference_logps, 1),
-        'activations': {kind: merge(values, 1) for kind, values in parts.activations.items()},
-        'companions': {name: merged(companion) for name, companion in parts.companions.items()},
-    }
-    bare = parts.replace(reference_logps=None, activations={}, companions={})
-    return jax.tree.map(lambda stacked: merge(stacked, 0), bare).replace(**fields)

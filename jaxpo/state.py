@@ -10,25 +10,41 @@ import numpy as np
 import optax
 
 from jaxpo import config
+from jaxpo.models.lora import combined
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Policy, frozen references and optimizer. References are read under stop_gradient and never written."""
+    """Policy, frozen references and optimizer. References are read under stop_gradient and never written; averages that
+    follow the policy are written, never differentiated."""
 
     step: jax.Array  # [] int32: optimizer steps taken
-    params: Any  # policy, float32
-    reference_params: dict[str, Any]  # by name, matrices in the compute dtype; K = len(reference_params), may be 0
+    params: Any  # what is trained of the policy, float32: all of it, or its adapter
+    reference_params: dict[str, Any]  # by name: those that have weights of their own, in the dtype they are held in
     opt_state: optax.OptState  # of `trained`; empty in a state that is only evaluated
     method_state: dict[str, Any] = flax.struct.field(default_factory=dict)
     """Running state of the losses that have one (moments), by loss."""
     method_params: dict[str, Any] = flax.struct.field(default_factory=dict)
     """Trained parts of the losses that have them (masks, value heads), by loss; float32."""
+    base_params: dict[str, Any] = flax.struct.field(default_factory=dict)
+    """The policy's frozen weights beneath its adapter, matrices in the compute dtype; empty where all are trained."""
+    average_params: dict[str, Any] = flax.struct.field(default_factory=dict)
+    """References that follow the policy, by name, float32: trees as `params`."""
 
     @property
     def trained(self) -> dict[str, Any]:
         """What the optimizer changes: the policy, and the method's own parts."""
         return {'policy': self.params, 'method': self.method_params}
+
+    @property
+    def frozen(self) -> dict[str, Any]:
+        """What no gradient reaches: the policy's `base`, and the parameters of `references` by name."""
+        return {'base': self.base_params, 'references': {**self.reference_params, **self.average_params}}
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """The policy's whole parameter tree."""
+        return combined(self.base_params, self.params)
 
 
 def make_optimizer(settings: config.Optimizer) -> optax.GradientTransformation:
@@ -83,8 +99,11 @@ def create(
     optimizer: optax.GradientTransformation,
     method_state: dict[str, Any] | None = None,
     method_params: dict[str, Any] | None = None,
+    base_params: dict[str, Any] | None = None,
+    average_params: dict[str, Any] | None = None,
 ) -> TrainState:
     """A state at step 0. No buffer may be shared between policy and references: the step donates the state."""
     step = jnp.zeros((), jnp.int32)
-    state = TrainState(step, params, reference_params, (), method_state or {}, method_params or {})
+    beside = (method_state, method_params, base_params, average_params)
+    state = TrainState(step, params, reference_params, (), *(part or {} for part in beside))
     return state.replace(opt_state=optimizer.init(state.trained))

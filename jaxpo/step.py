@@ -6,17 +6,18 @@ microbatches are scored first, the loss is differentiated by their log-probabili
 again to carry its share of that derivative back to the parameters: exact too, at the price of a second forward pass.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpo import objective as objectives
+from jaxpo.completions import merged
 from jaxpo.losses import scores
 from jaxpo.objective import Objective
-from jaxpo.scoring import Models, log_probabilities, merged, sides
+from jaxpo.scoring import Models, fetched, log_probabilities, sides, token_table
 from jaxpo.state import TrainState
 from jaxpo.types import Batch, Completion
 
@@ -24,14 +25,24 @@ Metrics = dict[str, jax.Array]
 Sides = tuple[Completion, Completion]
 
 
+class Average(NamedTuple):
+    """How a reference follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+
+    every: int  # steps between updates
+    rate: float  # share of the policy in an update; 1 copies it
+
+
 def make_train_step(
-    models: Models, objective: Objective, optimizer: optax.GradientTransformation
+    models: Models,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    averages: Mapping[str, Average] | None = None,
 ) -> Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]:
     """The step `(state, batch [A, R, ...], settings) -> (state, metrics)`, to be jitted with the state donated.
 
     `settings` are traced: `learning_rate`, `method_learning_rate`, `seed` and `objective` (as
     `Objective.hyperparameters`). A loss or gradient that is not finite changes nothing but the step's number, and
-    metrics `finite` says 0.
+    metrics `finite` says 0. `averages` are the references of `TrainState.average_params`, updated after the policy.
     """
     differentiate = _whole_gradient if objective.couples_batch else _summed_gradient
 
@@ -39,6 +50,9 @@ def make_train_step(
         gradient, metrics, method_state = differentiate(models, objective, state, batch, settings)
         norms = {name: optax.tree.norm(tree) for name, tree in gradient.items()}
         finite = jnp.isfinite(sum(norms.values())) & jnp.isfinite(metrics['loss'])
+        for part in jax.tree.leaves(method_state):
+            finite &= jnp.isfinite(part).all()
+        unwritten = {'reference_params': {}, 'base_params': {}}
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
         rates = {'policy': settings['learning_rate'], 'method': settings['method_learning_rate']}
         trained = {
@@ -50,10 +64,12 @@ def make_train_step(
             method_params=trained['method'],
             opt_state=opt_state,
             method_state=method_state,
+            average_params=_followed(averages or {}, state.average_params, trained['policy'], state.step + 1),
+            **unwritten,
         )
-        state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state).replace(
-            step=state.step + 1, reference_params=state.reference_params
-        )
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state.replace(**unwritten))
+        held = {name: getattr(state, name) for name in unwritten}
+        state = kept.replace(step=state.step + 1, **held)
         extra = {'grad_norm': norms['policy'], 'finite': finite, 'learning_rate': settings['learning_rate']}
         if state.method_params:
             extra |= {'method_grad_norm': norms['method'], 'method_learning_rate': settings['method_learning_rate']}
@@ -62,45 +78,64 @@ def make_train_step(
     return train_step
 
 
+def _followed(averages: Mapping[str, Average], held: dict[str, Any], policy, step: jax.Array) -> dict[str, Any]:
+    """References that follow the policy, after step number `step`."""
+
+    def follow(name, params):
+        every, rate = averages[name]
+
+        def update():
+            return jax.tree.map(lambda old, new: old + rate * (new - old) if rate < 1 else new, params, policy)
+
+        return jax.lax.cond(step % every == 0, update, lambda: params)
+
+    return {name: follow(name, params) for name, params in held.items()}
+
+
 def _summed_gradient(models: Models, objective: Objective, state: TrainState, batch: Batch, settings):
-    """Gradient of `state.trained` and metrics, one microbatch at a time; the method's state stays as it is."""
-    counts = _counts(batch)
+    """Gradient of `state.trained` and metrics, one microbatch at a time, and the method's new state."""
+    counts, hyperparameters = _counts(batch), settings['objective']
+    frozen, key = fetched(models, state.frozen), _key(state, settings)
 
     def loss(trained, microbatch):
-        pairs = sides(models, objective, trained, state.reference_params, microbatch)
+        pairs = sides(models, objective, trained, frozen, microbatch)
         weight = microbatch.pair_weight.reshape(-1)
-        parts = {'params': trained['method'], 'key': _key(state, settings)}
-        return objectives.evaluate(objective, settings['objective'], *pairs, weight, counts, **parts)
+        parts = {'state': state.method_state, 'params': trained['method'], 'key': key}
+        total, metrics = objectives.evaluate(objective, hyperparameters, *pairs, weight, counts, **parts)
+        seen = objectives.observe(objective, hyperparameters, *pairs, weight, counts, state=state.method_state)
+        return total, (metrics, seen)
 
-    gradient, metrics = _sum_over_microbatches(lambda part: jax.grad(loss, has_aux=True)(state.trained, part), batch)
-    return gradient, metrics, state.method_state
+    gradient, (metrics, seen) = _sum_over_microbatches(
+        lambda part: jax.grad(loss, has_aux=True)(state.trained, part), batch
+    )
+    return gradient, metrics, _followed_mixture(objective, hyperparameters, state.method_state, seen)
+
+
+def _followed_mixture(objective: Objective, hyperparameters, method_state: dict[str, Any], seen) -> dict[str, Any]:
+    """The method's state after a weighting that learns from every step saw the step's means."""
+    if objective.mixture is None or objective.mixture.observes != 'step':
+        return method_state
+    return objectives.follow(objective, hyperparameters, method_state, seen)
 
 
 def _whole_gradient(models: Models, objective: Objective, state: TrainState, batch: Batch, settings):
     """Gradient of `state.trained`, metrics and the method's new state, of losses that look at all pairs of the step."""
     hyperparameters, weight = settings['objective'], batch.pair_weight.reshape(-1)
+    frozen, key, counts = fetched(models, state.frozen), _key(state, settings), _counts(batch)
     pairs, pull_back = _scored_whole(
-        lambda trained, microbatch: sides(models, objective, trained, state.reference_params, microbatch),
-        state.trained,
-        batch,
+        lambda trained, microbatch: sides(models, objective, trained, frozen, microbatch), state.trained, batch
     )
-    method_state = objectives.update_state(objective, hyperparameters, state.method_state, *pairs)
+    method_state = objectives.update_state(objective, hyperparameters, state.method_state, *pairs, key=key)
 
     def loss(pairs, method_params):
-        return objectives.evaluate(
-            objective,
-            hyperparameters,
-            *pairs,
-            weight,
-            _counts(batch),
-            state=method_state,
-            params=method_params,
-            key=_key(state, settings),
-        )
+        parts = {'state': method_state, 'params': method_params, 'key': key}
+        return objectives.evaluate(objective, hyperparameters, *pairs, weight, counts, **parts)
 
     (by_pairs, by_parts), metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(pairs, state.method_params)
     gradient = pull_back(by_pairs)
-    return gradient | {'method': jax.tree.map(jnp.add, gradient['method'], by_parts)}, metrics, method_state
+    seen = objectives.observe(objective, hyperparameters, *pairs, weight, counts, state=method_state)
+    gradient |= {'method': jax.tree.map(jnp.add, gradient['method'], by_parts)}
+    return gradient, metrics, _followed_mixture(objective, hyperparameters, method_state, seen)
 
 
 def _scored_whole(score: Callable[[Any, Batch], Sides], trained, batch: Batch):
@@ -135,20 +170,15 @@ def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metric
     """
 
     def eval_step(state, batch, settings, counts):
+        frozen = fetched(models, state.frozen)
+
         def evaluate(pairs, weight):
-            return objectives.evaluate(
-                objective,
-                settings['objective'],
-                *pairs,
-                weight.reshape(-1),
-                counts,
-                state=state.method_state,
-                params=state.method_params,
-                key=_key(state, settings),
-            )[1]
+            parts = {'state': state.method_state, 'params': state.method_params, 'key': _key(state, settings)}
+            weight = weight.reshape(-1)
+            return objectives.evaluate(objective, settings['objective'], *pairs, weight, counts, **parts, draw=False)[1]
 
         def score(microbatch):
-            return sides(models, objective, state.trained, state.reference_params, microbatch)
+            return sides(models, objective, state.trained, frozen, microbatch)
 
         if objective.couples_batch:
             pairs = tuple(merged(side) for side in jax.lax.map(score, batch))
@@ -158,20 +188,79 @@ def make_eval_step(models: Models, objective: Objective) -> Callable[..., Metric
     return eval_step
 
 
-def make_score_step(models: Models, reference: str) -> Callable[..., dict[str, jax.Array]]:
-    """The step `(params, reference_params, batch [A, R, ...]) -> log-ratios` to one reference.
+def make_observe_step(models: Models, objective: Objective) -> Callable[..., Any]:
+    """The step `(state, batch [A, R, ...], settings, counts) -> means` of what the mixture's weighting learns from.
 
-    log pi - log pi_ref of each `chosen` and `rejected` completion, `[A, R * P]`, nats; 0 for empty slots.
+    The means of all batches of a set of pairs, by `counts` of the whole, add up to what `objective.follow` takes.
     """
 
-    def score_step(params, reference_params, batch):
+    def observe_step(state, batch, settings, counts):
+        frozen, hyperparameters = fetched(models, state.frozen), settings['objective']
+
         def part(microbatch):
-            chosen, rejected = log_probabilities(models, params, {reference: reference_params[reference]}, microbatch)
-            return {'chosen': scores.log_ratio(chosen), 'rejected': scores.log_ratio(rejected)}
+            pairs = sides(models, objective, state.trained, frozen, microbatch)
+            weight = microbatch.pair_weight.reshape(-1)
+            return objectives.observe(objective, hyperparameters, *pairs, weight, counts, state=state.method_state)
+
+        return _sum_over_microbatches(part, batch)
+
+    return observe_step
+
+
+def make_accuracy_step(models: Models) -> Callable[..., jax.Array]:
+    """The step `(state, batch [A, R, ...]) -> share` of pairs whose chosen completion the policy prefers.
+
+    By its mean token log-probability, without a reference. A tie counts one half.
+    """
+
+    def accuracy_step(state, batch):
+        def part(microbatch):
+            return objectives.preferred(*log_probabilities(models, (), state.params, state.frozen, microbatch))
+
+        return _sum_over_microbatches(part, batch) / _counts(batch)['both']
+
+    return accuracy_step
+
+
+def make_reward_step(objective: Objective) -> Callable[..., dict[str, Any]]:
+    """The step `(state, settings, reward) -> method_state` that credits the reference which the last step drew."""
+
+    def reward_step(state, settings, reward):
+        key = _key(state.replace(step=state.step - 1), settings)
+        return objectives.reward(objective, settings['objective'], state.method_state, key, reward)
+
+    return reward_step
+
+
+def make_score_step(models: Models, references: tuple[str, ...]) -> Callable[..., dict[str, jax.Array]]:
+    """The step `(policy, frozen, batch [A, R, ...]) -> log-ratios` to each of `references`, none of them a table.
+
+    log pi - log pi_ref of each `chosen` and `rejected` completion, `[A, K, R * P]`, nats; 0 for empty slots.
+    """
+
+    def score_step(policy, frozen, batch):
+        frozen = fetched(models, frozen)
+
+        def part(microbatch):
+            chosen, rejected = log_probabilities(models, references, policy, frozen, microbatch)
+            return {'chosen': scores.log_ratios(chosen), 'rejected': scores.log_ratios(rejected)}
 
         return jax.lax.map(part, batch)
 
     return score_step
+
+
+def make_table_step(models: Models, reference: str, statistics: tuple[str, ...]) -> Callable[..., dict[str, Any]]:
+    """The step `(frozen, batch [A, R, ...]) -> numbers` a table holds of one reference.
+
+    By completion (`chosen`, `rejected`, companions' names), then by statistic, `[A, R, P, C]` float32.
+    """
+
+    def table_step(frozen, batch):
+        frozen = fetched(models, frozen)
+        return jax.lax.map(lambda microbatch: token_table(models, reference, statistics, frozen, microbatch), batch)
+
+    return table_step
 
 
 def _counts(batch: Batch) -> dict[str, jax.Array]:

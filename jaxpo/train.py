@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxpo import evaluate, provenance, report, sharding, step
+from jaxpo import evaluate, provenance, report, sharding, step, tabulate, weighing
 from jaxpo.checkpoint import check_room, open_checkpoints
 from jaxpo.console import console, progress
 from jaxpo.data import audit
 from jaxpo.data.rows import lengths_of, row_tokens
 from jaxpo.errors import Interrupted, TrainingError
 from jaxpo.experiment import Experiment
+from jaxpo.loading import abstract_state, load_state, load_unsaved
 from jaxpo.metrics import flatten, open_metrics
-from jaxpo.run import Pairs, Run, Schedule, abstract_state, load_references, load_state, make_batch, prepare, read_pairs
+from jaxpo.run import Pairs, Run, Schedule, make_batch, prepare, read_pairs
 from jaxpo.state import TrainState, learning_rates
 
 
@@ -40,11 +41,13 @@ def train(experiment: Experiment) -> None:
     if jax.process_index() == 0:
         audit.write_report(run.directory / 'data_report.json', pairs.reports)
     report.print_header(run, pairs, schedule)
+    pairs, filled = tabulate.attach(run, pairs)
+    report.print_tables(filled)
 
     with open_checkpoints(run.directory / 'checkpoints', run.config.train.keep_checkpoints) as checkpoints:
         # Load, or resume where the last committed checkpoint is.
         done = checkpoints.latest() or 0
-        state = load_state(run) if not done else _resume(run, checkpoints, done)
+        state = weighing.weigh(run, load_state(run), pairs.validation) if not done else _resume(run, checkpoints, done)
         with open_metrics(run.directory, done) as log:
             # Evaluate before training, train, evaluate after.
             evaluator = evaluate.make_evaluator(run, pairs.evaluation)
@@ -60,21 +63,21 @@ def train(experiment: Experiment) -> None:
 
 
 def _resume(run: Run, checkpoints, done: int) -> TrainState:
-    """The state of the checkpoint; references come from their own sources."""
+    """The state of the checkpoint; what is frozen comes from its own source."""
     console().print(f'Resuming after step {done}.')
-    shapes, shardings = abstract_state(run)
-    references = load_references(run, shardings)
-    return checkpoints.restore(done, shapes, references)
+    shapes, _ = abstract_state(run)
+    return checkpoints.restore(done, shapes, load_unsaved(run))
 
 
 def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, log, evaluator) -> TrainState:
     train_step = jax.jit(
-        step.make_train_step(run.models, run.objective, run.optimizer),
+        step.make_train_step(run.models, run.objective, run.optimizer, run.averages),
         donate_argnums=0,
         out_shardings=(abstract_state(run)[1], sharding.replicated(run.mesh)),
     )
     rates = learning_rates(run.config.optimizer, schedule.steps)
     settings = run.config.train
+    judge = weighing.make_judge(run, pairs.validation)
     meter = _Meter(pairs, schedule, done, run.config.rows.layout)
 
     with progress(schedule.steps, done) as show, _interruption() as interrupted:
@@ -82,7 +85,9 @@ def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, 
         for number in range(done, schedule.steps):
             indices = schedule.pairs_of(number)
             batch = make_batch(run, [pairs.train[i] for i in indices])
+            before = judge.accuracy(state, number) if judge else None
             state, metrics = train_step(state, batch, run.traced | rates(number))
+            state = judge.credit(state, number, before) if judge else state
             # The metrics of the step before are read while this one runs: the device never waits for the host.
             _finish(pending, run, meter, log, show)
             pending = (number + 1, indices, metrics)

@@ -74,7 +74,9 @@ def parameters(seed):
 def models(made, mesh=None):
     rows = None if mesh is None else NamedSharding(mesh, sharding.ROWS)
     decoder = Decoder(from_hugging_face(CONFIG), rows=rows)
-    return scoring.Models(decoder, dict.fromkeys((*made.references, *made.models), decoder), mesh)
+    return scoring.Models(
+        decoder, dict.fromkeys((*made.references, *made.models), scoring.FrozenModel(decoder, 'own')), mesh
+    )
 
 
 def first_state(made, optimizer, apart=True):
@@ -165,7 +167,7 @@ def scored_for_all():
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), fill_rows(pairs_for(made, count=4), PADDED))
 
     def score(trained):
-        return scoring.sides(models(made), made, trained, start.reference_params, batch)
+        return scoring.sides(models(made), made, trained, start.frozen, batch)
 
     pull_back = jax.jit(lambda trained, by_pairs: jax.vjp(score, trained)[1](by_pairs)[0])
     return start.trained, batch, jax.jit(score), pull_back

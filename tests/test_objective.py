@@ -50,7 +50,8 @@ def test_parts_of_a_step_add_up_to_the_whole():
         ({'ipo': {'reduction': 'men'}}, ONE, "Did you mean 'mean'"),
         ({'dpo': {}}, (), 'reads a reference'),
         ({'dpo': {}}, ('initial', 'other'), 'drop all but one'),
-        ({'simpo': {}}, ('initial', 'other'), 'drop all but one'),
+        ({'mixture': {}, 'simpo': {}}, ('initial', 'other'), 'simpo reads none'),
+        ({'mixture': {'mix': 'harmonic'}, 'multi_dpo': {}}, ('initial', 'other'), 'mix has no effect'),
     ],
 )
 def test_refuses_early_and_says_why(spec, references, message):
@@ -59,7 +60,7 @@ def test_refuses_early_and_says_why(spec, references, message):
 
 
 def test_spelled_out_names_every_hyperparameter():
-    assert objective.spelled_out({'simpo': {'beta': 2.5}}) == {'simpo': {'weight': 1.0, 'beta': 2.5, 'gamma': 0.5}}
+    assert objective.spelled_out({'simpo': {'beta': 2.5}}, ()) == {'simpo': {'weight': 1.0, 'beta': 2.5, 'gamma': 0.5}}
 
 
 def test_a_new_beta_is_the_same_function():

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpo import evaluate, run, scoring
+from jaxpo import evaluate, loading, run, scoring
 from jaxpo.config import Config, Data, Mesh, Model, Rows, Sample
 from jaxpo.data.prompts import read_prompts
 from jaxpo.experiment import Experiment
@@ -33,9 +33,9 @@ def test_it_knows_the_capital_of_france(tmp_path):
     settings = Sample(max_new_tokens=12, temperature=0.0, batch=8)
     prepared = prepare(tmp_path, mesh=Mesh(data=4, fsdp=2), sample=settings)
     prompts = read_prompts(str(tmp_path / 'prompts.txt'), prepared.config.data, prepared.tokenizer)
-    params = load_params(prepared.pretrained, run.abstract_state(prepared)[1].params)
+    params = load_params(prepared.pretrained, loading.abstract_state(prepared)[1].params)
     ((generated,),) = evaluate.generate(prepared, params, prompts, 1, settings)
-    described = evaluate.describe(prepared, prompts[0], generated, None)
+    described = evaluate.describe(prepared, prompts[0], generated, {})
     assert described.completion == 'The capital of France is Paris.'
     assert described.ended and described.prompt == 'What is the capital of France?'
 
@@ -53,13 +53,13 @@ def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path,
     prepared = prepare(tmp_path, data=Data(train=str(tmp_path / 'pairs.jsonl')), rows=rows, mesh=Mesh(data=4, fsdp=2))
     pairs = run.read_pairs(prepared).train
     assert len(pairs) == len(known)
-    params = load_params(prepared.pretrained, run.abstract_state(prepared)[1].params)
+    params = load_params(prepared.pretrained, loading.abstract_state(prepared)[1].params)
     batch = run.make_batch(prepared, pairs)
     assert batch.tokens.shape[0] == 1
     batch = jax.tree.map(lambda array: array[0], batch)
 
     def summed(params, batch):
-        sides = scoring.log_probabilities(prepared.models, params, {}, batch)
+        sides = scoring.log_probabilities(prepared.models, (), params, {'base': {}}, batch)
         return [(side.policy_logps * side.weights).sum(axis=1) for side in sides]
 
     chosen, rejected = jax.device_get(jax.jit(summed)(params, batch))

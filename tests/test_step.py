@@ -40,7 +40,7 @@ PAIRS = pairs_of()
 def models(config=CONFIG, mesh=None, dtype=jnp.float32, remat='none', reference=True):
     rows = None if mesh is None else NamedSharding(mesh, sharding.ROWS)
     decoder = Decoder(from_hugging_face(config), dtype=dtype, remat=remat, rows=rows)
-    return scoring.Models(decoder, {'initial': decoder} if reference else {}, mesh)
+    return scoring.Models(decoder, {'initial': scoring.FrozenModel(decoder, 'own')} if reference else {}, mesh)
 
 
 def traced(made, rate=1.0, **numbers):

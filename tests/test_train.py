@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxpo import checkpoint, run, train
+from jaxpo import checkpoint, loading, run, train
 from jaxpo.config import Evaluate, Mesh, Optimizer, Reference, Train
 from jaxpo.errors import InputError, Interrupted, TrainingError
 from jaxpo.metrics import read_metrics
@@ -26,10 +26,10 @@ TIMES = ('seconds', 'tokens_per_second', 'eval/seconds')
 def saved_state(experiment):
     """Everything in the newest checkpoint, on the host."""
     prepared = run.prepare(experiment)
-    shapes, _ = run.abstract_state(prepared)
+    shapes, _ = loading.abstract_state(prepared)
     with checkpoint.open_checkpoints(prepared.directory / 'checkpoints', 2) as checkpoints:
         step = checkpoints.latest()
-        return step, jax.device_get(checkpoints.restore(step, shapes, {}))
+        return step, jax.device_get(checkpoints.restore(step, shapes, {'reference_params': {}}))
 
 
 def logged(experiment):
@@ -205,7 +205,7 @@ def test_reference_free_runs_hold_no_reference(tmp_path):
         tmp_path, objective={'simpo': {}}, references={}, train=Train(batch_pairs=6, steps=2)
     )
     prepared = run.prepare(experiment)
-    assert run.load_state(prepared).reference_params == {}
+    assert loading.load_state(prepared).reference_params == {}
     train.train(experiment)
 
 
@@ -213,7 +213,7 @@ def test_bfloat16_computes_with_float32_masters(tmp_path):
     experiment = tiny_runs.experiment(tmp_path, train=Train(batch_pairs=6, steps=3))
     model = dataclasses.replace(experiment.config.model, dtype='bfloat16')
     experiment = dataclasses.replace(experiment, config=dataclasses.replace(experiment.config, model=model))
-    state = run.load_state(run.prepare(experiment))
+    state = loading.load_state(run.prepare(experiment))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
     assert state.reference_params['initial']['layers']['mlp']['up'].dtype == jnp.bfloat16
     train.train(experiment)

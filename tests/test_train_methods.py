@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 from test_train import logged, saved_state, stop_after
 
-from jaxpo import commands, run, train
+from jaxpo import commands, loading, run, train
 from jaxpo.config import Data, Optimizer, Reference, Train
 from jaxpo.errors import InputError, Interrupted
 
@@ -43,7 +43,7 @@ def test_state_and_parts_of_a_method_are_saved_resumed_and_evaluated(tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert logged(halved) == logged(whole)
     assert theirs.method_state['bco']['count'].tolist() == [36, 36]
-    start = run.load_state(run.prepare(whole)).method_params['sparse_po']['common']
+    start = loading.load_state(run.prepare(whole)).method_params['sparse_po']['common']
     trained = theirs.method_params['sparse_po']['common']
     assert all(np.any(np.asarray(start[name]) != trained[name]) for name in start)
     assert logged(whole)[1]['method_grad_norm'] > 0

@@ -49,7 +49,9 @@ def experiment(folder: pathlib.Path, reward=None, **changes) -> Experiment:
     )
     config = dataclasses.replace(config, **changes)
     return Experiment(
-        folder / 'experiment.py', dataclasses.replace(config, objective=spelled_out(config.objective)), reward
+        folder / 'experiment.py',
+        dataclasses.replace(config, objective=spelled_out(config.objective, tuple(config.references))),
+        reward,
     )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 
 from jaxpo.errors import InputError
 
+_SUBSET = 2**192  # where subsets start in a stream whose start belongs to permutations
+
 
 def pair_indices(seed: int, step: int, batch_pairs: int, count: int, total: int) -> np.ndarray:
     """Indices [<= batch_pairs] int64 of the pairs of `step` (from 0), out of `count` pairs.
@@ -19,6 +21,12 @@ def pair_indices(seed: int, step: int, batch_pairs: int, count: int, total: int)
     epochs = items // count
     order = [_permutation(seed, int(epoch), count)[items[epochs == epoch] % count] for epoch in np.unique(epochs)]
     return np.concatenate(order) if order else items
+
+
+def subset(seed: int, step: int, count: int, size: int) -> np.ndarray:
+    """`size` of the indices below `count`, drawn anew for each step: a function of seed and step."""
+    bits = np.random.Philox(key=np.array([seed % 2**64, step], np.uint64), counter=_SUBSET).random_raw(count)
+    return np.sort(np.argsort(bits, kind='stable')[:size])
 
 
 @functools.lru_cache(maxsize=2)
