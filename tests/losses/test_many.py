@@ -7,6 +7,7 @@ import pytest
 
 from jaxpo import losses
 from jaxpo.losses import contract
+from jaxpo.references import mixture as mixtures
 from jaxpo.types import Completion
 
 ENTRY = losses.find('multi_dpo')
@@ -45,6 +46,17 @@ def test_golden(external, weights, expected):
     """Without and with the external reference clipped to a region around the primary; against either; uniform."""
     pair = completion(-40.0, (-42.0, external[0]), 5, weights), completion(-52.0, (-50.0, external[1]), 8, weights)
     np.testing.assert_allclose(value('multi_dpo', pair, beta=0.1), [expected], atol=1e-10)
+
+
+@pytest.mark.parametrize('clip, expected', [('none', 1.1617043386), ('adaptive', 0.6718186283)])
+def test_golden_behind_a_mixture(clip, expected):
+    """A mixture in front gives the weights, and clips each reference, from the pair itself."""
+    mixture, numbers = mixtures.make({'weights': 'arwc', 'clip': clip}, ('primary', 'external'))
+    pair = completion(-40.0, (-42.0, -35.0), 5), completion(-52.0, (-50.0, -58.0), 8)
+    found = mixtures.combine(mixture, numbers, *pair, state={}, key=None)
+    np.testing.assert_allclose(
+        value('multi_dpo', (found.many_chosen, found.many_rejected), beta=0.1), [expected], atol=1e-9
+    )
 
 
 def sample(seed=0):
