@@ -51,7 +51,7 @@ def test_golden(external, weights, expected):
 @pytest.mark.parametrize('clip, expected', [('none', 1.1617043386), ('adaptive', 0.6718186283)])
 def test_golden_behind_a_mixture(clip, expected):
     """A mixture in front gives the weights, and clips each reference, from the pair itself."""
-    mixture, numbers = mixtures.make({'weights': 'arwc', 'clip': clip}, ('primary', 'external'))
+    mixture, numbers = mixtures.make({'weights': 'arwc', 'clip': clip}, ('initial', 'external'))
     pair = completion(-40.0, (-42.0, -35.0), 5), completion(-52.0, (-50.0, -58.0), 8)
     found = mixtures.combine(mixture, numbers, *pair, state={}, key=None)
     np.testing.assert_allclose(
