@@ -31,7 +31,8 @@ from jaxpo.config import Config, Data, Model, Optimizer, Rows, Train
 from jaxpo.data.sources import read_rows
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
-from jaxpo.run import load_start, prepare, read_pairs
+from jaxpo.loading import load_start
+from jaxpo.run import prepare, read_pairs
 from jaxpo.train import train
 
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/ci'
