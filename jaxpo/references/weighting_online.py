@@ -157,7 +157,7 @@ def learned(chosen: Completion, rejected: Completion, *, state):
     falls below -80. Under the arithmetic mix the reference is the very mixture.
 
     Unverified: the paper's prior is free, and its alternation exact; that mixture weights take its place, and the
-    estimate from pairs, are ours. Completions of long prompts make responsibilities nearly one-hot, and where the
-    primary reference did not write the pairs the estimate is biased.
+    estimate from pairs, are ours. Long completions make responsibilities nearly one-hot, and where the primary
+    reference did not write the pairs the estimate is biased.
     """
     return for_all(jnp.exp(state['log_weights']), chosen)
