@@ -149,9 +149,12 @@ def merged(params: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     """
     base, adapter = split(params)
     expected = {path for target in lora.targets for path in factor_paths(target)}
-    others = sorted('/'.join(path) for path in expected ^ flatten_dict(adapter).keys())
-    if others:
-        raise InputError(f'The parameters do not have the adapters of {", ".join(lora.targets)}: see {others[0]}.')
+    for fault, paths in (
+        ('lack', expected - flatten_dict(adapter).keys()),
+        ('also have', flatten_dict(adapter).keys() - expected),
+    ):
+        if paths:
+            raise InputError(f'The parameters {fault} {"/".join(min(paths))}; adapters: {", ".join(lora.targets)}.')
     leaves = flatten_dict(base)
     for target in lora.targets:
         a, b = (families.leaf(adapter, path) for path in factor_paths(target))
