@@ -1,4 +1,4 @@
-"""An objective on a batch: the pure function (batch statistics -> scalar, metrics) that its data (`specification`) make.
+"""An objective on a batch: the pure function (statistics -> scalar, metrics) that its data (`specification`) make.
 
     {'dpo': {'beta': 0.1}, 'sft': {'weight': 0.2}}
 
@@ -112,7 +112,8 @@ def observe(
     sides = jax.lax.stop_gradient((chosen, rejected))
     numbers, weighting = hyperparameters[MIXTURE], state.get(MIXTURE, {})
     seen = mixtures.observe(objective.mixture, numbers, *sides, state=weighting)
-    return jax.tree.map(lambda values: (values * pair_weight).sum(axis=-1) / counts['pairs'], seen)
+    weighted = jax.vmap(jnp.multiply, in_axes=(-1, 0), out_axes=-1)
+    return jax.tree.map(lambda values: weighted(values, pair_weight).sum(axis=-1) / counts['pairs'], seen)
 
 
 def follow(
@@ -185,5 +186,5 @@ def evaluate(
             metrics[f'loss/{name}'] = share
     metrics |= reward_metrics(primary, chosen, rejected, pair_weight, counts)
     if objective.mixture is not None:
-        metrics |= reference_metrics(objective.references, chosen, rejected, found.weights * pair_weight, counts)
+        metrics |= reference_metrics(objective.references, chosen, rejected, found.weights * pair_weight[None], counts)
     return total, {'loss': total, **metrics}

@@ -62,7 +62,7 @@ def reference_metrics(
     has the larger mean token log-probability (by its own tokens) under it. A tie counts one half."""
     both = scores.present(chosen) & scores.present(rejected)
     margins = scores.mean_reference_logps(chosen) - scores.mean_reference_logps(rejected)
-    agrees = jnp.where(both, (jnp.sign(margins) + 1) / 2, 0.0).sum(axis=-1) / counts['both']
+    agrees = jnp.where(both[None], (jnp.sign(margins) + 1) / 2, 0.0).sum(axis=-1) / counts['both']
     shares = weights.sum(axis=-1) / counts['pairs']
     return {
         **{f'references/{name}/weight': shares[place] for place, name in enumerate(references)},

@@ -45,13 +45,13 @@ def mean_log_ratio(completion: Completion) -> jax.Array:
 
 def reference_logps(completion: Completion) -> jax.Array:
     """Log-probability of the completion under each reference, nats, `[K, B]`."""
-    return (completion.weights * completion.reference_logps).sum(axis=-1)
+    return (completion.weights[None] * completion.reference_logps).sum(axis=-1)
 
 
 def mean_reference_logps(completion: Completion) -> jax.Array:
     """Log-probability of the completion per token of each reference's own, nats, `[K, B]`."""
     lengths = completion.reference_lengths
-    lengths = length(completion) if lengths is None else jnp.maximum(lengths, 1.0)
+    lengths = length(completion)[None] if lengths is None else jnp.maximum(lengths, 1.0)
     return reference_logps(completion) / lengths
 
 
