@@ -112,7 +112,12 @@ def check_objective_settings(settings: config.Config, objective: Objective) -> N
 
 
 def _check_tables(settings: config.Config, objective: Objective) -> None:
-    """InputError where the objective asks of a reference what a table does not hold."""
+    """InputError where the objective asks of a reference what a table does not hold, or nothing at all."""
+    read = {*objective.models, *(objective.references if objective.runs_references else ())}
+    for name, reference in settings.references.items():
+        if reference.table and name not in read:
+            losses = ', '.join(term.loss.name for term in objective.terms)
+            raise InputError(f'references.{name}.table has no effect: {losses} reads no log-probabilities of {name}.')
     asked = set(objective.needs.statistics)
     live = [name for name in ('forward_kl', 'reverse_kl', 'activations') if name in asked]
     live += ['hidden states'] * bool(objective.token_masks)
