@@ -18,7 +18,8 @@ import record
 
 from jaxpo import config, objective
 from jaxpo.experiment import Experiment
-from jaxpo.run import Run, load_state, make_batch, prepare, read_pairs
+from jaxpo.loading import load_state
+from jaxpo.run import Run, make_batch, prepare, read_pairs
 from jaxpo.state import learning_rates
 from jaxpo.step import make_train_step
 from jaxpo.types import Batch, Pair
