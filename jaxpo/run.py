@@ -21,6 +21,7 @@ from jaxpo.experiment import Experiment
 from jaxpo.models import lora
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.lora import Lora
+from jaxpo.models.peft import open_adapter
 from jaxpo.models.source import Pretrained, open_model
 from jaxpo.objective import Objective
 from jaxpo.scoring import FrozenModel, Models
@@ -165,7 +166,12 @@ def prepare(experiment: Experiment) -> Run:
     _check_tokenizers(settings, objective, tokenizers)
     _check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
-    return Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
+    run = Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
+    for name in (None, *settings.references):
+        directory = run.adapter_of(name)
+        if directory is not None:
+            open_adapter(directory, pretrained.architecture if name is None else run.pretrained_of(name).architecture)
+    return run
 
 
 def _check_reference(name: str, reference: config.Reference, opened: Pretrained, policy: Pretrained) -> None:
