@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxpo import losses
 from jaxpo.config import Scalar
-from jaxpo.errors import InputError
+from jaxpo.errors import InputError, unknown
 from jaxpo.losses import Needs
 from jaxpo.references import mixture as mixtures
 from jaxpo.references.mixture import Mixture
@@ -117,7 +117,7 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[str]) ->
         raise InputError(f'objective: names no loss. Known: {", ".join(sorted(losses.LOSSES))}.')
     terms, numbers = [], {}
     for name, given in given_losses.items():
-        entry = losses.find(name)
+        entry = _find(name)
         given = dict(given)
         weight = given.pop('weight', 1.0)
         losses.registry.check_number(f'{name}.weight', weight)
@@ -137,6 +137,12 @@ def make(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[str]) ->
     if len(objective.token_masks) > 1:
         raise InputError(f'objective: {" and ".join(objective.token_masks)} both make token masks; one loss may.')
     return objective
+
+
+def _find(name: str) -> losses.registry.Loss:
+    if name not in losses.LOSSES:
+        raise unknown('loss', name, [*losses.LOSSES, MIXTURE])
+    return losses.find(name)
 
 
 def _roles(terms: Sequence[Term], names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -189,9 +195,7 @@ def _check_references(objective: Objective) -> None:
 def spelled_out(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[str]) -> dict[str, dict[str, Scalar]]:
     """The objective with every default filled in, so that each can be logged and overridden."""
     full = {
-        name: {'weight': 1.0, **losses.find(name).hyperparameters(given)}
-        for name, given in spec.items()
-        if name != MIXTURE
+        name: {'weight': 1.0, **_find(name).hyperparameters(given)} for name, given in spec.items() if name != MIXTURE
     }
     if MIXTURE not in spec:
         return full

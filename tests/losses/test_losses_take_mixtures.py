@@ -180,7 +180,7 @@ def test_behind_a_mixture_a_loss_is_itself_against_the_mix(name, given, mix):
     np.testing.assert_allclose(metrics['rewards/margins'], margins, rtol=1e-9, atol=1e-12)
 
 
-BY_TOKEN: set[str] = set()
+BY_TOKEN = {'ld_dpo', 'mapo', 'sdpo', 'sparse_po', 'tis_dpo', 'token_weighted_dpo'}
 
 
 @pytest.mark.parametrize('name', sorted({name for name, _ in CASES}))
