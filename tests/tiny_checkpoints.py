@@ -88,10 +88,13 @@ def write_index(path, weight_map):
 def tiny_tokenizer():
     """Twenty words, `</s>` ends a turn."""
     words = ['<unk>', '<s>', '</s>', *(f'word{number}' for number in range(17))]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: place for place, word in enumerate(words)}, unk_token='<unk>')
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return word_level({word: place for place, word in enumerate(words)})
+
+
+def word_level(words, split=()):
+    """A tokenizer of words and their ids, `</s>` ends a turn. `split`: what divides words, parts of them, further."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='<unk>'))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Whitespace(), *split])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='</s>'
     )
