@@ -43,7 +43,9 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
     if not isinstance(config, Config):
         raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
     config = dataclasses.replace(config, objective=objective.spelled_out(config.objective, tuple(config.references)))
-    config = tyro.cli(Config, default=config, args=list(overrides), prog=f'jaxpo {command} {path}')
+    # A switch has a value too, True or False, as every other field has.
+    options = {'prog': f'jaxpo {command} {path}', 'config': (tyro.conf.FlagConversionOff,)}
+    config = tyro.cli(Config, default=config, args=list(overrides), **options)
     return Experiment(pathlib.Path(path), config, getattr(module, 'reward', None))
 
 

@@ -62,18 +62,14 @@ def print_tables(filled: Sequence[Filled], computed: str = 'computed') -> None:
     """What tables of references hold for this run, and how many completions were computed for it."""
     if not filled:
         return
-    header = ('reference', 'completions', computed, 'seconds', 'directory')
-    rows = [
-        (
-            one.reference,
-            str(one.completions),
-            str(one.computed),
-            f'{one.seconds:.1f}',
-            ', '.join(map(str, one.directories)),
-        )
-        for one in filled
-    ]
-    console().print(table('Tables of references', header, rows))
+    header = ('reference', 'completions', computed, 'seconds')
+    rows = [(one.reference, str(one.completions), str(one.computed), f'{one.seconds:.1f}') for one in filled]
+    out = console()
+    out.print(table('Tables of references', header, rows))
+    for one in filled:
+        # Not in the table, which would cut them short: they are there to be copied.
+        for directory in one.directories:
+            out.print(f'{escape(one.reference)}: {escape(str(directory))}')
 
 
 def print_dry_run(run: Run, pairs: Pairs, schedule: Schedule) -> None:

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny_checkpoints
 import tiny_runs
+import tokenizers
 from test_train import logged, saved_state, stop_after
+from tiny_tables import attached, make_folder, measured, to_compute
 
-from jaxpo import loading, run, scoring, tabulate, train
-from jaxpo.config import Data, Mesh, Model, Optimizer, Reference, Rows, Train
+from jaxpo import commands, loading, run, scoring, train
+from jaxpo.config import Mesh, Reference, Rows, Train
 from jaxpo.errors import InputError, Interrupted
+from jaxpo.models.checkpoint import load_params
+from jaxpo.models.decoder import Decoder, head_weight
+from jaxpo.models.source import open_model
 
 # All that a table can hold: two sides, two companions, entropies, and a model in a role of its own.
 EVERYTHING = {
@@ -27,66 +31,9 @@ ALL_NAMES = ('other', 'initial', 'earlier')
 ROW_LENGTHS = {'lengths': (64,), 'microbatch': 8, 'pairs_per_row': 2}
 
 
-def write_model(path, seed, layers=2, tokenizer=None):
-    config = tiny_runs.CONFIG | {'num_hidden_layers': layers}
-    tensors = tiny_checkpoints.hugging_face_tensors(config, seed=seed)
-    tiny_checkpoints.write_directory(path, config, tensors)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    return path
-
-
-def make_folder(folder):
-    """The tiny experiment with another model to be measured against, and prompts that are corrupted."""
-    tiny_runs.experiment(folder)
-    write_model(folder / 'other', 5, layers=3)
-    for name in ('train', 'evaluation'):
-        rows = [json.loads(line) for line in (folder / f'{name}.jsonl').read_text().splitlines()]
-        write_rows(folder / f'{name}.jsonl', [row | {'corrupted_prompt': 'word1 word2 word3'} for row in rows])
-    return folder
-
-
-def write_rows(path, rows):
-    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-
-
-def measured(folder, table=True, names=('other',), **changes):
-    """The experiment in `folder` with those references; all but the policy's own are the other model."""
-    references = {name: Reference(str(folder / 'other'), table=table) for name in names}
-    if 'initial' in names:
-        references['initial'] = Reference(table=table)
-    return tiny_runs.experiment(folder, **{'references': references, 'tables': str(folder / 'tables'), **changes})
-
-
-def attached(experiment):
-    prepared = run.prepare(experiment)
-    return prepared, *tabulate.attach(prepared, run.read_pairs(prepared))
-
-
-def computed(experiment):
-    """Completions that were computed for each reference of a run."""
-    return [one.computed for one in attached(experiment)[2]]
-
-
-def to_compute(experiment):
-    prepared = run.prepare(experiment)
-    return [one.computed for one in tabulate.missing(prepared, run.read_pairs(prepared))]
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp('tables'))
-
-
-@pytest.fixture
-def own_folder(filled, folder, tmp_path):
-    """A copy of the folder whose tables are filled, to be changed."""
-    for name in ('model', 'other'):
-        shutil.copytree(folder / name, tmp_path / name)
-    shutil.copytree(filled.config.tables, tmp_path / 'tables')
-    for path in folder.glob('*.jsonl'):
-        shutil.copy(path, tmp_path)
-    return tmp_path
 
 
 def sides_of(experiment):
@@ -133,12 +80,15 @@ def test_what_is_scored_is_what_the_model_says(folder, layout, mesh):
 # What is trained.
 
 
+SHORT = Train(batch_pairs=6, steps=4, checkpoint_every=2)
+
+
 @pytest.fixture(scope='module')
 def trained(folder):
-    """The same run with tables and with the models themselves."""
+    """The same run with a table and with the model itself."""
     runs = {}
     for table in (True, False):
-        settings = {'objective': {'mixture': {}, 'dpo': {}, 'rainbow_po': {}}, 'names': ('other', 'initial')}
+        settings = {'objective': {'rainbow_po': {}, 'dpo': {}}, 'train': SHORT}
         runs[table] = measured(folder, table=table, output=str(folder / f'run_{table}'), **settings)
         train.train(runs[table])
     return runs
@@ -154,19 +104,9 @@ def test_a_run_with_tables_ends_as_one_with_models(trained):
         assert ours == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in theirs.items()}
 
 
-def test_a_full_table_needs_no_weights(trained, folder, monkeypatch):
+def test_a_full_table_needs_no_weights_and_a_resumed_run_goes_on_bit_for_bit(trained, folder, monkeypatch):
     loaded, load = [], loading.load_weights
     monkeypatch.setattr(loading, 'load_weights', lambda run, name, *rest: loaded.append(name) or load(run, name, *rest))
-    experiment = dataclasses.replace(trained[True].config, output=str(folder / 'again'))
-    experiment = dataclasses.replace(trained[True], config=experiment)
-    train.train(experiment)
-    assert loaded == [None]  # the policy
-    state = loading.load_state(run.prepare(experiment))
-    assert state.reference_params == {} and state.average_params == {} and state.base_params == {}
-    assert set(loading.load_state(run.prepare(trained[False])).reference_params) == {'other', 'initial'}
-
-
-def test_an_interrupted_run_with_tables_resumes_bit_for_bit(trained, folder, monkeypatch):
     whole = trained[True]
     halved = dataclasses.replace(whole, config=dataclasses.replace(whole.config, output=str(folder / 'halved')))
     with monkeypatch.context() as patched:
@@ -174,189 +114,111 @@ def test_an_interrupted_run_with_tables_resumes_bit_for_bit(trained, folder, mon
         with pytest.raises(Interrupted, match='after step 3'):
             train.train(halved)
     train.train(halved)
+    assert loaded == [None]  # the policy, once
     jax.tree.map(np.testing.assert_array_equal, saved_state(halved)[1], saved_state(whole)[1])
     assert logged(halved) == logged(whole)
 
 
-# What is computed, and what is found again.
+def test_no_state_holds_the_weights_of_a_table(trained):
+    for table, names in ((True, set()), (False, {'other'})):
+        prepared = run.prepare(trained[table])
+        assert set(loading.abstract_state(prepared)[0].reference_params) == names
+        assert set(loading.load_state(prepared).reference_params) == names
+
+
+# A model with another tokenizer.
+
+DIGITS = tiny_checkpoints.word_level(
+    {word: place for place, word in enumerate(['</s>', *'9876543210', 'word', '<unk>', '<s>'])},
+    [tokenizers.pre_tokenizers.Digits(individual_digits=True)],
+)
 
 
 @pytest.fixture(scope='module')
-def filled(folder):
-    """The experiment, its tables and how many completions were computed."""
-    tables = {'tables': str(folder / 'filled')}
-    experiment = measured(folder, **tables)
-    _, _, (found,) = attached(experiment)
-    assert found.computed == found.completions - duplicates(folder) > 50
-    return experiment
+def foreign(folder):
+    """A third model, which reads `word12` as three tokens."""
+    config = tiny_runs.CONFIG | {'vocab_size': 14, 'eos_token_id': 0}
+    path = folder / 'foreign'
+    tiny_checkpoints.write_directory(path, config, tiny_checkpoints.hugging_face_tensors(config, seed=7))
+    DIGITS.save_pretrained(path)
+    return path
 
 
-def sequences(folder):
-    """Prompt and completion of every side of every pair, as texts."""
-    lines = [line for name in ('train', 'evaluation') for line in (folder / f'{name}.jsonl').read_text().splitlines()]
-    return [(row['prompt'], row[side]) for row in map(json.loads, lines) for side in ('chosen', 'rejected')]
-
-
-def duplicates(folder):
-    found = sequences(folder)
-    return len(found) - len(set(found))
-
-
-@pytest.mark.parametrize(
-    'changes',
-    [
-        {'objective': {'ipo': {}}},
-        {'objective': {'dpo': {'beta': 0.7}}},
-        {'train': Train(batch_pairs=4, epochs=3.0, seed=7)},
-        {'optimizer': Optimizer(learning_rate=0.1)},
-        {'output': 'elsewhere'},
-        {'rows': Rows('packed', lengths=(96,), microbatch=16)},
-        {'mesh': Mesh(data=2, fsdp=4)},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_another_run_computes_nothing(filled, folder, changes):
-    assert computed(measured(folder, tables=filled.config.tables, **changes)) == [0]
-
-
-def flip_a_bit(folder):
-    path = folder / 'other' / 'model.safetensors'
-    content = bytearray(path.read_bytes())
-    content[-4] ^= 1  # the least of its last number
-    path.write_bytes(content)
-
-
-def renumber(*names):
-    """A change of these models' tokenizers: the tiny one with its words in another order, no id as it was."""
-    words = tiny_checkpoints.tiny_tokenizer().get_vocab()
-    renumbered = tiny_checkpoints.word_level({word: (place + 7) % len(words) for word, place in words.items()})
-    return lambda folder: [renumbered.save_pretrained(folder / name) for name in names]
-
-
-def change_a_row(folder):
-    lines = (folder / 'train.jsonl').read_text().splitlines()
-    lines[3] = json.dumps(json.loads(lines[3]) | {'chosen': 'word1 word2 word16 word0'})
-    (folder / 'train.jsonl').write_text('\n'.join(lines))
-
-
-def every(folder):
-    return len(set(sequences(folder)))
-
-
-def cut_at_three(folder):
-    """Distinct completions that do not fit into three tokens, of which the last would end them."""
-    return len({(prompt, *text.split()[:3]) for prompt, text in sequences(folder) if len(text.split()) > 2})
-
-
-@pytest.mark.parametrize(
-    'change, setting, expected',
-    [
-        pytest.param(flip_a_bit, {}, every, id='weights'),
-        pytest.param(None, {'model': {'dtype': 'bfloat16'}}, every, id='dtype'),
-        pytest.param(renumber('model', 'other'), {}, every, id='tokenizer'),
-        pytest.param(None, {'data': {'max_completion_tokens': 3}}, cut_at_three, id='truncation'),
-        pytest.param(change_a_row, {}, lambda folder: 1, id='row'),
-        # The reference reads the same texts with its own tokenizer, as before.
-        pytest.param(renumber('model'), {}, lambda folder: 0, id='tokenizer-of-the-policy'),
-    ],
-)
-def test_what_its_numbers_depend_on_is_computed_anew(own_folder, change, setting, expected):
-    experiment = measured(own_folder)
-    assert to_compute(experiment) == [0]
-    if change:
-        change(own_folder)
-    sections = {
-        section: dataclasses.replace(getattr(experiment.config, section), **fields)
-        for section, fields in setting.items()
-    }
-    changed = measured(own_folder, **sections)
-    assert to_compute(changed) == [expected(own_folder)]
-    if change is change_a_row:
-        assert computed(changed) == [1]
-        assert computed(changed) == computed(experiment) == [0]
-
-
-def test_another_chat_template_is_computed_anew(folder, tmp_path):
-    conversations = [
-        {'prompt': [{'role': 'user', 'content': prompt}], 'chosen': f'word{place}', 'rejected': 'word16'}
-        for place, (prompt, _) in enumerate(sequences(folder)[:12:2])
+def said_by(path, texts):
+    """Log-probability, in nats, and tokens of completions behind their prompts, by a model with its own tokenizer."""
+    opened = open_model(str(path))
+    tokenizer, architecture = opened.load_tokenizer(), opened.architecture
+    params = load_params(opened, tiny_checkpoints.on_one_device(architecture))
+    prompts = [tokenizer(prompt)['input_ids'] for prompt, _ in texts]
+    completions = [[*tokenizer(completion)['input_ids'], tokenizer.eos_token_id] for _, completion in texts]
+    tokens = np.zeros((len(texts), 64), np.int32)
+    for row, ids in enumerate(zip(prompts, completions)):
+        tokens[row, : sum(map(len, ids))] = np.concatenate(ids)
+    places = np.broadcast_to(np.arange(64), tokens.shape)
+    whole = np.ones_like(tokens)
+    apply = jax.jit(Decoder(architecture, dtype=np.float32).apply)
+    hidden = apply({'params': params}, tokens, places, whole, 0 * whole)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head_weight(params), np.float64).T
+    logps = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    sums = [
+        sum(logps[row, len(prompt) + place - 1, token] for place, token in enumerate(completion))
+        for row, (prompt, completion) in enumerate(zip(prompts, completions))
     ]
-    write_rows(tmp_path / 'train.jsonl', conversations)
-    data = Data(train=str(tmp_path / 'train.jsonl'))
-
-    def experiment(opening):
-        """All of both models but the words that a template writes in front of an answer."""
-        for name in ('model', 'other'):
-            shutil.copytree(folder / name, tmp_path / name, dirs_exist_ok=True)
-            tokenizer = tiny_checkpoints.tiny_tokenizer()
-            tokenizer.chat_template = TEMPLATE.replace('OPENING', opening)
-            tokenizer.save_pretrained(tmp_path / name)
-        model = Model(str(tmp_path / 'model'), remat='none')
-        references = {'other': Reference(str(tmp_path / 'other'), table=True)}
-        return measured(tmp_path, model=model, references=references, data=data)
-
-    assert computed(experiment('word1')) == [12]
-    assert computed(experiment('word1')) == [0]
-    assert to_compute(experiment('word2')) == [12]
+    return np.array(sums), np.array([len(completion) for completion in completions])
 
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] == 'assistant' and 'OPENING ' or '' }}{{ m['content'] }} </s>\n{% endfor %}"
-    '{% if add_generation_prompt %}OPENING {% endif %}'
-)
+def texts_of(folder, name, side):
+    rows = map(json.loads, (folder / f'{name}.jsonl').read_text().splitlines())
+    return [(row['prompt'], row[side]) for row in rows]
 
 
-def test_work_that_was_stopped_goes_on_where_it_was(filled, folder, monkeypatch):
-    experiment = measured(folder, tables=str(folder / 'stopped'))
-    with monkeypatch.context() as patched:
-        patched.setattr(tabulate, 'SECONDS_BETWEEN_SHARDS', 0.0)
-        stop_computing_after(1, patched)
-        with pytest.raises(KeyboardInterrupt):
-            computed(experiment)
-    (left,) = to_compute(experiment)
-    assert 0 < left < every(folder)
-    _, pairs, (found,) = attached(experiment)
-    assert found.computed == left
-    for ours, theirs in zip(pairs.train, attached(filled)[1].train, strict=True):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours.table, theirs.table)
+def with_foreign(folder, mix, table=True, **changes):
+    references = {'initial': Reference(), 'foreign': Reference(str(folder / 'foreign'), table=table)}
+    settings = {'objective': {'mixture': {'mix': mix}, 'dpo': {}}, 'output': str(folder / mix), 'train': SHORT}
+    return measured(folder, **{'references': references, **settings, **changes})
 
 
-def stop_computing_after(batches, monkeypatch):
-    """The next table is interrupted, as by Ctrl-C, when that many batches of it are computed."""
-    computer = tabulate._computer
-
-    def watched_computer(*arguments):
-        compute, done = computer(*arguments), []
-
-        def watched(part):
-            if len(done) == batches:
-                raise KeyboardInterrupt
-            done.append(part)
-            return compute(part)
-
-        return watched
-
-    monkeypatch.setattr(tabulate, '_computer', watched_computer)
+def test_another_tokenizer_is_refused_without_a_table(folder, foreign):
+    with pytest.raises(InputError, match='references.foreign: its tokenizer differs.*set references.foreign.table'):
+        run.prepare(with_foreign(folder, 'harmonic', table=False))
 
 
-# What is refused, before any model is opened.
+def test_another_tokenizer_gives_its_own_sums_and_lengths(folder, foreign):
+    told = sides_of(with_foreign(folder, 'harmonic'))
+    assert len(told) == 4
+    for place, side in enumerate(('chosen', 'rejected')):
+        sums, lengths = said_by(foreign, texts_of(folder, 'train', side))
+        initial, words = said_by(folder / 'model', texts_of(folder, 'train', side))
+        assert (lengths > words).all()
+        for sides, index in told:
+            index = index.reshape(index.shape[0], -1)
+            kept, found = index >= 0, sides[place].reference_logps.sum(axis=-1)
+            pairs = index[kept]
+            np.testing.assert_allclose(found[:, 1][kept], sums[pairs], rtol=1e-5)
+            np.testing.assert_allclose(found[:, 0][kept], initial[pairs], rtol=1e-5)
+            np.testing.assert_array_equal(sides[place].reference_lengths[:, 1][kept], lengths[pairs])
+            np.testing.assert_array_equal(sides[place].reference_lengths[:, 0][kept], words[pairs])
 
 
-@pytest.mark.parametrize(
-    'objective, names, message',
-    [
-        ({'tdpo1': {}}, ('other',), 'references.other.table: tdpo1 needs forward_kl of the model itself'),
-        ({'dpo': {}, 'mapo': {}}, ('other',), 'references.other.table: mapo needs forward_kl, activations'),
-        ({'sparse_po': {}}, ('other',), 'references.other.table: sparse_po needs forward_kl, hidden states'),
-        ({'simpo': {}}, ('other',), 'references.other.table has no effect: simpo reads no log-prob'),
-        ({'simpo': {}, 'spo': {}}, ('other', 'earlier'), None),
-        ({'simpo': {}}, ('other', 'earlier'), 'references.other.table has no effect'),
-    ],
-)
-def test_a_table_that_cannot_say_what_is_asked_is_refused(folder, monkeypatch, objective, names, message):
-    def opened(*arguments):
-        raise InputError('a model was opened')
+MIXES = {
+    'geometric': lambda one, other: (one + other) / 2,
+    'harmonic': lambda one, other: -np.logaddexp(-one, -other) + np.log(2),
+}
 
-    monkeypatch.setattr(run, 'open_model', opened)
-    with pytest.raises(InputError, match=message or 'a model was opened'):
-        run.prepare(measured(folder, names=names, objective=objective))
+
+@pytest.mark.parametrize('mix', MIXES)
+def test_another_tokenizer_is_mixed_with_the_policys(folder, foreign, mix):
+    experiment = with_foreign(folder, mix)
+    commands.evaluate(experiment)
+    found = json.loads((folder / mix / 'evaluation_000000.json').read_text())
+    sides = [texts_of(folder, 'evaluation', side) for side in ('chosen', 'rejected')]
+    initial, others = ([said_by(path, texts)[0] for texts in sides] for path in (folder / 'model', foreign))
+    chosen, rejected = (policy - MIXES[mix](policy, other) for policy, other in zip(initial, others))
+    assert found['eval/loss'] == pytest.approx(np.logaddexp(0, -0.1 * (chosen - rejected)).mean(), rel=1e-5)
+
+
+def test_a_mixture_with_another_tokenizer_trains(folder, foreign):
+    experiment = with_foreign(folder, 'harmonic', output=str(folder / 'mixed'))
+    train.train(experiment)
+    assert logged(experiment)[-1]['eval/loss'] < logged(experiment)[0]['eval/loss']
+    assert to_compute(experiment) == [0]
