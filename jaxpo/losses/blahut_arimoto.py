@@ -182,13 +182,31 @@ def _log_mixture(log_weights, component_logps):
     return jax.nn.logsumexp(log_weights.reshape(-1, *trailing) + component_logps, axis=0)
 
 
+def responsibilities(log_weights: jax.Array, component_logps: jax.Array) -> jax.Array:
+    """How likely each component of a mixture made each sample: r_k(n) = w_k * p_k(n) / sum_j w_j * p_j(n), `[K, N]`.
+
+    They sum to 1 over K, and are all 0 for a sample that no component with a weight can make. A constant added to all
+    log-weights, or to all log-probabilities of a sample, changes nothing.
+
+    Args:
+      log_weights: `[K]`, nats; -inf is no weight.
+      component_logps: `[K, N]`: each sample's log-probability under each component, nats; -inf is impossible.
+    """
+    return jnp.exp(_log_responsibilities(log_weights, component_logps))
+
+
+def _log_responsibilities(log_weights, component_logps):
+    """`[K, N]` in logs; -inf where all components that have a weight rule a sample out, in place of 0 / 0."""
+    log_mixture = _log_mixture(log_weights, component_logps)
+    possible = log_mixture > -jnp.inf
+    log_joint = log_weights[:, None] + component_logps
+    return jnp.where(possible[None], log_joint - jnp.where(possible, log_mixture, 0.0)[None], -jnp.inf)
+
+
 def _em_step(log_weights, component_logps, log_sample_weights):
     """`em_step` of sample weights in logs, so that what a policy all but rules out still has its say."""
-    log_mixture = _log_mixture(log_weights, component_logps)
-    # Where all components that have a weight rule a sample out, responsibilities would be 0 / 0.
-    possible = log_mixture > -jnp.inf
-    log_share = jnp.where(possible, log_sample_weights - jnp.where(possible, log_mixture, 0.0), -jnp.inf)
-    updated = log_weights + jax.nn.logsumexp(component_logps + log_share[None], axis=-1)
+    log_shares = _log_responsibilities(log_weights, component_logps) + log_sample_weights[None]
+    updated = jax.nn.logsumexp(log_shares, axis=-1)
     total = jax.nn.logsumexp(updated)
     return jnp.where(total > -jnp.inf, updated - jnp.where(total > -jnp.inf, total, 0.0), log_weights)
 

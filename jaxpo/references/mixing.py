@@ -1,5 +1,8 @@
 """Mixes: K references to one, by the log-probabilities of whole completions; and back to tokens, sums exact.
 
+A mix of log-probabilities that all rise by c rises by c. So references are mixed as differences from one of them, which
+are taken token by token and then summed: where references agree nothing is rounded, however long the completion.
+
 Sequence log-probabilities are `[K, B]`, nats. Weights are `[K, B]`, at least 0, and sum to 1 over K; a reference of
 weight 0 has no say, whatever it says. Weights, and all that is made of references' log-probabilities, are constants to
 the gradient.
@@ -27,7 +30,7 @@ def harmonic(logps: jax.Array, weights: jax.Array) -> jax.Array:
     Differs: public code holds weights to at least 1e-6, so that a reference without any weight still has its say where
     it is 14 nats below the others; here it has none.
     """
-    return -jax.nn.logsumexp(_log(weights) - _heard(logps, weights), axis=0)
+    return -_log_mean(-_heard(logps, weights), weights)
 
 
 def geometric(logps: jax.Array, weights: jax.Array) -> jax.Array:
@@ -44,7 +47,7 @@ def arithmetic(logps: jax.Array, weights: jax.Array) -> jax.Array:
 
     The only one of the three that is a distribution over completions: a reference drawn by its weight, then sampled.
     """
-    return jax.nn.logsumexp(_log(weights) + _heard(logps, weights), axis=0)
+    return _log_mean(_heard(logps, weights), weights)
 
 
 MIXES: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -107,12 +110,24 @@ def sequence_logps(completion: Completion) -> jax.Array:
     return _sums(completion, completion.reference_logps)
 
 
-def mixed(completion: Completion, sequence: jax.Array, weights: jax.Array) -> Completion:
-    """The completion with one reference, whose log-probability is exactly `sequence`.
+def differences(completion: Completion, weights: jax.Array) -> jax.Array:
+    """Log-probabilities of whole completions less that under the pair's reference of most weight, `[K, B]`, nats.
 
-    Its token log-probabilities are sum_k w_k * lp_k, token by token, and what is then missing to `sequence`, put evenly
+    Tokens are subtracted before they are summed, so that references that agree differ by exactly 0.
+
+    Args:
+      weights: `[K, B]`; at a tie the first reference is taken.
+    """
+    return _sums(completion, _from_heaviest(completion, weights)[1])
+
+
+def mixed(completion: Completion, difference: jax.Array, weights: jax.Array) -> Completion:
+    """The completion with one reference, whose log-probability is the heaviest reference's and `difference`.
+
+    Its token log-probabilities are sum_k w_k * lp_k, token by token, and what is then missing to that sum, put evenly
     over the completion's tokens. Only sums are log-probabilities of the mix: a token's number, with its share of the
-    correction, may lie above 0.
+    correction, may lie above 0. Where all references that have a weight agree, or one alone has any, and the difference
+    is 0, it is that reference, bit for bit.
 
     KL divergences to the references, and their entropy, become the mean over references by weight. Of `reverse_kl` that
     is the penalty of the objective with many references, sum_k w_k * KL(policy || reference_k), which geometric and
@@ -121,7 +136,7 @@ def mixed(completion: Completion, sequence: jax.Array, weights: jax.Array) -> Co
 
     Args:
       completion: K references.
-      sequence: `[B]`, nats.
+      difference: `[B]`, nats: a mix of `differences`.
       weights: `[K, B]`.
 
     Returns:
@@ -129,8 +144,10 @@ def mixed(completion: Completion, sequence: jax.Array, weights: jax.Array) -> Co
     """
     if completion.reference_logps.shape[0] == 1:
         return completion
-    by_token = geometric(completion.reference_logps, weights[..., None])
-    by_token = _summing_to(completion, by_token[None], sequence[None])
+    heaviest, apart = _from_heaviest(completion, weights)
+    by_token = geometric(apart, weights[..., None])[None]
+    by_token = _moved(completion, by_token, difference[None] - _sums(completion, by_token))
+    by_token = jnp.where(completion.weights[None] > 0, heaviest[None] + by_token, 0)
     return completion.replace(
         reference_logps=jax.lax.stop_gradient(by_token),
         **{name: (weights[..., None] * each).sum(axis=0) for name, each in completion.by_reference.items()},
@@ -140,13 +157,22 @@ def mixed(completion: Completion, sequence: jax.Array, weights: jax.Array) -> Co
     )
 
 
-def with_sequence_logps(completion: Completion, logps: jax.Array) -> Completion:
-    """The completion with references whose log-probabilities of it are `logps` `[K, B]`, nats, tokens moved evenly.
+def moved(completion: Completion, shifts: jax.Array) -> Completion:
+    """The completion with references whose log-probabilities of it are higher by `shifts` `[K, B]`, nats.
 
-    A reference that has that log-probability of a completion already stays as it is, bit for bit.
+    All tokens of a completion move alike. A reference that moves by 0 stays as it is, bit for bit.
     """
-    moved = _summing_to(completion, completion.reference_logps, logps)
-    return completion.replace(reference_logps=jax.lax.stop_gradient(moved))
+    by_token = _moved(completion, completion.reference_logps, shifts)
+    return completion.replace(reference_logps=jax.lax.stop_gradient(by_token))
+
+
+def _from_heaviest(completion: Completion, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Token log-probabilities of each pair's reference of most weight, `[B, C]`, and all references' less these."""
+    logps = completion.reference_logps
+    # Selected by a sum, not by an index, which would move pairs between devices.
+    heaviest = jnp.arange(logps.shape[0])[:, None] == jnp.argmax(weights, axis=0)[None]
+    of_heaviest = jnp.where(heaviest[..., None], logps, 0).sum(axis=0)
+    return of_heaviest, logps - of_heaviest[None]
 
 
 def _sums(completion: Completion, by_token: jax.Array) -> jax.Array:
@@ -155,10 +181,16 @@ def _sums(completion: Completion, by_token: jax.Array) -> jax.Array:
     return (weights * jnp.where(weights > 0, by_token, 0)).sum(axis=-1)
 
 
-def _summing_to(completion: Completion, by_token: jax.Array, sums: jax.Array) -> jax.Array:
-    """`by_token` `[K, B, C]` with the same number added to every token of a completion, to sum to `sums` `[K, B]`."""
-    share = (sums - _sums(completion, by_token)) / scores.length(completion)[None]
+def _moved(completion: Completion, by_token: jax.Array, shifts: jax.Array) -> jax.Array:
+    """`by_token` `[K, B, C]` with the same number added to every token of a completion, `shifts` `[K, B]` in all."""
+    share = shifts / scores.length(completion)[None]
     return jnp.where(completion.weights[None] > 0, by_token + share[..., None], 0)
+
+
+def _log_mean(logs: jax.Array, weights: jax.Array) -> jax.Array:
+    """log sum_k w_k * exp(x_k), `[B]`; of equal x exactly x at 0, also where rounded weights sum to not quite 1."""
+    log_weights = _log(weights)
+    return jax.nn.logsumexp(log_weights + logs, axis=0) - jax.nn.logsumexp(log_weights, axis=0)
 
 
 def _log(weights: jax.Array) -> jax.Array:

@@ -194,25 +194,34 @@ def combine(
     if len(mixture.references) == 1:
         many = (side.replace(mixing_weights=weights) for side in (chosen, rejected))
         return Combined(chosen, rejected, *many, weights)
-    logps = [mixing.sequence_logps(side) for side in (chosen, rejected)]
-    if mixture.clip != 'none':
-        logps = mixing.clipped(*logps, mixture.primary, numbers['eps'], mixture.clip == 'adaptive')
-    one = (_mixed(mixture, *side, weights) for side in zip((chosen, rejected), logps))
+    shifts = _shifts(mixture, numbers, chosen, rejected)
+    one = (_mixed(mixture, *side, weights) for side in zip((chosen, rejected), shifts))
     many = (
-        mixing.with_sequence_logps(side, sums).replace(mixing_weights=weights)
-        for side, sums in zip((chosen, rejected), logps)
+        mixing.moved(side, shift).replace(mixing_weights=weights) for side, shift in zip((chosen, rejected), shifts)
     )
     return Combined(*one, *many, weights)
 
 
-def _mixed(mixture: Mixture, completion: Completion, logps: jax.Array, weights: jax.Array) -> Completion:
-    """With one reference, of references that have the log-probabilities `logps` `[K, B]`; its companions likewise."""
-    sequence = mixing.MIXES[mixture.mix](logps, mixing.ORDERS[mixture.order](weights))
+def _shifts(mixture, numbers, chosen: Completion, rejected: Completion) -> tuple[jax.Array, jax.Array]:
+    """By how much the clip moves each reference's log-probability of either completion, `[K, B]`, nats."""
+    logps = [mixing.sequence_logps(side) for side in (chosen, rejected)]
+    if mixture.clip == 'none':
+        return tuple(map(jnp.zeros_like, logps))
+    clipped = mixing.clipped(*logps, mixture.primary, numbers['eps'], mixture.clip == 'adaptive')
+    return tuple(held - own for held, own in zip(clipped, logps))
+
+
+def _mixed(mixture: Mixture, completion: Completion, shifts: jax.Array, weights: jax.Array) -> Completion:
+    """With one reference, of references moved by `shifts` `[K, B]`; its companions likewise, of references as they are.
+
+    The heaviest reference that all are measured from is the unmoved one.
+    """
+    apart = mixing.differences(completion, weights) + shifts
+    difference = mixing.MIXES[mixture.mix](apart, mixing.ORDERS[mixture.order](weights))
     companions = {
-        name: _mixed(mixture, other, mixing.sequence_logps(other), weights)
-        for name, other in completion.companions.items()
+        name: _mixed(mixture, other, jnp.zeros_like(shifts), weights) for name, other in completion.companions.items()
     }
-    return mixing.mixed(completion, sequence, weights).replace(companions=companions)
+    return mixing.mixed(completion, difference, weights).replace(companions=companions)
 
 
 def _weights(mixture, numbers, chosen, rejected, state, key) -> jax.Array:

@@ -1,18 +1,21 @@
 """Weightings that learn during the run: from the pairs of the steps before, or from what a step earned."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from jaxpo.losses import scores
+from jaxpo.losses.blahut_arimoto import responsibilities
 from jaxpo.losses.registry import Range
-from jaxpo.references.mixing import sequence_logps
+from jaxpo.references.mixing import differences
 from jaxpo.references.weighting_parts import confidence_in, for_all, normalised, one_hot
 from jaxpo.references.weighting_registry import weighting
 from jaxpo.types import Completion
 
-LEAST_LOG_WEIGHT = -80.0  # of `learned`: a weight that float32 holds, and from which a reference can return
+LARGEST_LOG_RATIO = 5.0
+"""Nats: an importance weight of `learned` is at most e^5 = 148. Those of completions from the primary reference have a
+mean of 1, but a variance that a single completion can make up, and the weights would follow whichever was seen last.
+More would be less bias where the policy has moved further than that, and more noise."""
+LEAST_SHARE = 1e-15  # of `learned`, of the sum of shares, and that sum: float32 holds both, and one can return from it
 
 
 def _empty_window(references: int, primary: int, *, window: int = 1) -> dict[str, jax.Array]:
@@ -107,57 +110,66 @@ def tsw(chosen: Completion, rejected: Completion, *, state, key, primary: int, p
     return for_all(_arm(state, key, primary, prior), chosen)
 
 
-def _uniform_logs(references: int, primary: int) -> dict[str, jax.Array]:
-    return {'log_weights': jnp.full(references, -math.log(references))}
+def _equal_shares(references: int, primary: int) -> dict[str, jax.Array]:
+    return {'shares': jnp.full(references, 1 / references)}
 
 
-def _responsibilities(completion: Completion, log_weights: jax.Array) -> jax.Array:
-    """w_k * pi_k(y) / sum_j w_j * pi_j(y), `[K, B]`."""
-    return jax.nn.softmax(log_weights[:, None] + sequence_logps(completion), axis=0)
+def _weighted_responsibilities(chosen: Completion, rejected: Completion, *, state, primary: int):
+    """Responsibilities times importance weight, summed over the pair's completions, `[K, B]`; 0 of an empty slot."""
+    return sum(_importance(side, primary)[None] * _responsibilities(side, state) for side in (chosen, rejected))
 
 
-def _expected_responsibilities(chosen: Completion, rejected: Completion, *, state, primary: int):
-    """Those of a completion of the policy, estimated on each pair, `[K, B]`."""
-    ratios = (
-        scores.log_ratio(side.replace(reference_logps=side.reference_logps[primary][None]))
-        for side in (chosen, rejected)
-    )
-    logits = jnp.stack([jnp.where(scores.present(side), x, -jnp.inf) for side, x in zip((chosen, rejected), ratios)])
-    highest = logits.max(axis=0)
-    odds = jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0)[None])
-    shares = odds / jnp.maximum(odds.sum(axis=0), 1)[None]
-    by_side = (_responsibilities(side, state['log_weights']) for side in (chosen, rejected))
-    return sum(share[None] * each for share, each in zip(shares, by_side))
+def _importance(completion: Completion, primary: int) -> jax.Array:
+    """pi / pi_primary of the completion, truncated, `[B]`; 0 where it is missing."""
+    ratio = scores.log_ratios(completion)[primary]
+    return jnp.where(scores.present(completion), jnp.exp(jnp.minimum(ratio, LARGEST_LOG_RATIO)), 0)
+
+
+def _responsibilities(completion: Completion, state) -> jax.Array:
+    """`[K, B]`, by differences between references: alike references have alike ones, however long the completion."""
+    weights = normalised(state['shares'])
+    return responsibilities(jnp.log(weights), differences(completion, for_all(weights, completion)))
 
 
 def _towards(state, means, *, rate: float = 0.1):
-    """(1 - rate) * w + rate * means, in logs; none below LEAST_LOG_WEIGHT, from which nothing would return."""
-    moved = jnp.logaddexp(jnp.log1p(-rate) + state['log_weights'], jnp.log(rate) + jnp.log(means))
-    return {'log_weights': jax.nn.log_softmax(jnp.maximum(moved, LEAST_LOG_WEIGHT))}
+    """(1 - rate) * shares + rate * means, where anything was seen; above 0, from which nothing would return."""
+    moved = (1 - rate) * state['shares'] + rate * means
+    moved = jnp.where(moved.sum() > 0, moved, state['shares'])
+    total = moved.sum()
+    held = jnp.maximum(total, LEAST_SHARE)
+    return {'shares': jnp.maximum(moved * (held / total), LEAST_SHARE * held)}
 
 
 @weighting(
-    'the Blahut-Arimoto step of the mutual-information view, Tutunov, Grosnit and Bou-Ammar 2025, arXiv:2501.01544',
+    'the EM step of the mutual-information view, Tutunov, Grosnit and Bou-Ammar 2025, arXiv:2501.01544, taken online '
+    'as by Cappe and Moulines 2009, arXiv:0712.4273',
     observes='step',
-    init_state=_uniform_logs,
-    observe=_expected_responsibilities,
+    init_state=_equal_shares,
+    observe=_weighted_responsibilities,
     update=_towards,
     ranges={'rate': Range(0, 1, with_most=True)},
 )
 def learned(chosen: Completion, rejected: Completion, *, state):
     """Weights that follow the policy: those of the mixture of references that its completions most likely come from.
 
-    w <- (1 - rate) * w + rate * E[r(y)], r_k(y) = w_k * pi_k(y) / sum_j w_j * pi_j(y), y from the policy: expectation
-    maximisation, whose fixed point is the mixture nearest to the policy in KL(policy || sum_k w_k * pi_k).
+    w_k = s_k / sum_j s_j, s <- (1 - rate) * s + rate * mean of sum_y omega(y) * r(y), r_k(y) = w_k * pi_k(y) / sum_j
+    w_j * pi_j(y), omega(y) = pi(y) / pi_primary(y), over a step's pairs and the completions y of each.
 
-    rate in (0, 1], 0.1, is how far one step moves; all weights are equal at first. The policy's completions are not
-    sampled: a pair's two are taken as draws from the primary reference, and weighted by self-normalised importance
-    weights, softmax over both of log pi - log pi_primary of the whole completion (sigmoid of DPO's margin for chosen);
-    a completion without a partner counts 1. This step's weights come from steps before it, and no log weight
-    falls below -80. Under the arithmetic mix the reference is the very mixture.
+    This is expectation maximisation, step by step, for the mixture nearest to the policy in
+    KL(policy || sum_k w_k * pi_k), the best prior of the mutual-information objective among mixtures; under the
+    arithmetic mix the reference is that very mixture. The policy is not sampled: omega is the importance weight of a
+    completion that the primary reference wrote, with log omega at most 5 nats, and sums over k to what normalises the
+    weights, over all that was seen. A missing completion counts nothing. rate in (0, 1], 0.1, is how far one step
+    moves; all weights are equal at first, each step's come from the steps before it, and none is lost for good.
+
+    Where the primary reference wrote both completions of every pair, labels aside, and no omega is truncated, steps
+    estimate those of EM without bias, so that ever smaller rates lead to its fixed point; a constant rate hovers around
+    it, more widely the fewer pairs a step has. Completions that something else wrote, or omega truncated where the
+    policy has moved far, find the mixture nearest to something else than the policy. Long completions make
+    responsibilities nearly one-hot: which reference is likeliest then decides alone. And while the policy still equals
+    the primary reference the best mixture *is* the primary: the weights start towards it, and leave as the policy does.
 
     Unverified: the paper's prior is free, and its alternation exact; that mixture weights take its place, and the
-    estimate from pairs, are ours. Long completions make responsibilities nearly one-hot, and where the primary
-    reference did not write the pairs the estimate is biased.
+    estimate from pairs, are ours. Cappe and Moulines is cited from memory.
     """
-    return for_all(jnp.exp(state['log_weights']), chosen)
+    return for_all(normalised(state['shares']), chosen)

@@ -256,90 +256,144 @@ def test_a_bandit_finds_the_arm_that_pays():
     assert arms[200:].mean(axis=0)[2] > 0.85
 
 
-def responsibilities_loop(chosen, rejected, weights, primary):
-    """Mean responsibilities over pairs, each completion by its share of the pair, from probabilities."""
-    total = np.zeros(len(weights))
-    for pair in range(4):
-        there = [side for side in (chosen, rejected) if np.asarray(side.weights)[pair].sum() > 0]
-        odds = [np.exp(np.asarray(s.policy_logps)[pair].sum() - sums(s)[primary, pair]) for s in there]
-        for side, odd in zip(there, odds):
-            joint = weights * np.exp(sums(side)[:, pair])
-            total += odd / sum(odds) * joint / joint.sum()
-    return total / 4
+def learned_loop(chosen, rejected, shares, primary):
+    """What `learned` sees of each pair, from probabilities: `[K, B]`."""
+    seen = np.zeros((len(shares), 4))
+    for side in (chosen, rejected):
+        for pair in np.flatnonzero(np.asarray(side.weights).sum(axis=-1)):
+            probabilities = np.exp(sums(side)[:, pair])
+            importance = np.exp(np.asarray(side.policy_logps)[pair].sum()) / probabilities[primary]
+            joint = np.asarray(shares) * probabilities
+            seen[:, pair] += min(importance, np.exp(5.0)) * joint / joint.sum()
+    return seen
 
 
 @pytest.mark.parametrize('primary', [0, 2])
 @examples
 @given(seed=seeds)
-def test_responsibilities_equal_a_loop_also_of_unpaired_rows(primary, seed):
+def test_what_learned_sees_equals_a_loop_also_of_unpaired_rows(primary, seed):
     chosen, rejected = sides(seed=seed)
     chosen, rejected = without(chosen, [1]), without(rejected, [3])
-    weights = np.random.default_rng(seed).dirichlet(np.ones(3))
-    state = {'log_weights': jnp.log(weights)}
-    seen = observed('learned', chosen, rejected, state=state, primary=primary).mean(axis=-1)
-    np.testing.assert_allclose(seen, responsibilities_loop(chosen, rejected, weights, primary), rtol=1e-9)
-    np.testing.assert_allclose(seen.sum(), 1.0, rtol=1e-12)
+    shares = np.random.default_rng(seed).dirichlet(np.ones(3)) * 7.0
+    seen = observed('learned', chosen, rejected, state={'shares': jnp.asarray(shares)}, primary=primary)
+    np.testing.assert_allclose(seen, learned_loop(chosen, rejected, shares, primary), rtol=1e-9)
 
 
-def test_chosens_share_is_the_sigmoid_of_dpos_margin():
-    chosen, rejected = golden_sides()
-    state = {'log_weights': jnp.array([0.0, -800.0])}
-    only = observed('learned', chosen, without(rejected, [0]), state=state)
-    np.testing.assert_allclose(only[:, 0], [1.0, 0.0], atol=1e-300)
-    state = {'log_weights': jnp.log(jnp.array([0.5, 0.5]))}
-    responsible = [1 / (1 + np.exp(7.0)), 1 / (1 + np.exp(-8.0))]
-    share = 1 / (1 + np.exp(-4.0))
+def test_each_completion_counts_by_its_truncated_importance():
+    # The chosen is 2 nats likelier under the policy than under the primary, the rejected 5 less likely or 6 likelier.
+    chosen, rejected = spread([-40.0], [[-42.0], [-35.0]], 4), spread([-55.0], [[-50.0], [-50.0]], 6)
+    state = first_state('learned', references=2)
+    seen = observed('learned', chosen, rejected, state=state)[:, 0]
+    responsible = 1 / (1 + np.exp(7.0))
+    importance = np.exp(2.0) * np.array([responsible, 1 - responsible]) + np.exp(-5.0) / 2
+    np.testing.assert_allclose(seen, importance, rtol=1e-12)
+    likelier = spread([-44.0], [[-50.0], [-50.0]], 6)
     np.testing.assert_allclose(
-        observed('learned', chosen, rejected, state=state)[0, 0],
-        share * responsible[0] + (1 - share) * responsible[1],
-        rtol=1e-12,
+        observed('learned', chosen, likelier, state=state)[:, 0] - seen, (np.exp(5.0) - np.exp(-5.0)) / 2, rtol=1e-12
     )
+
+
+def test_the_policys_sign_has_its_say():
+    """A completion that the policy likes better than the primary does counts for more than one it likes less."""
+    better = spread([-1.0], [[-3.0], [-1.0]], 2)
+    worse = spread([-3.0], [[-1.0], [-3.0]], 2)
+    seen = observed('learned', better, worse, state=first_state('learned', references=2))[:, 0]
+    assert seen[1] > seen[0]
 
 
 def test_an_empty_slot_has_no_responsibilities():
     chosen, rejected = sides(empty=(0,))
     seen = observed('learned', chosen, rejected, state=first_state('learned'))
     np.testing.assert_array_equal(seen[:, 0], np.zeros(3))
+    assert (seen[:, 1:] > 0).all()
 
 
-@pytest.mark.parametrize('rate', [0.1, 1.0])
-def test_learned_weights_converge_to_the_fixed_point_of_expectation_maximisation(rate):
-    chosen, rejected = sides(seed=11)
-    # Nearly alike, so that the best mixture holds more than one of them.
-    chosen, rejected = (
+def learned_run(chosen, rejected, steps, rate, dtype=jnp.float64, primary=0):
+    def step(state, _):
+        seen = observed('learned', chosen, rejected, state=state, primary=primary).mean(axis=-1)
+        return weighting.find('learned').update(state, seen, rate=rate), None
+
+    state = {'shares': jnp.full(chosen.reference_logps.shape[0], 1 / chosen.reference_logps.shape[0], dtype)}
+    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=steps))(state)
+    assert state['shares'].dtype == dtype
+    return np.asarray(weights_of('learned', chosen, rejected, state=state)[:, 0])
+
+
+def nearly_alike(seed=11, dtype=jnp.float64):
+    """Sides whose best mixture holds more than one reference."""
+    return (
         side.replace(reference_logps=side.reference_logps * 0.3, policy_logps=side.policy_logps * 0.3)
-        for side in (chosen, rejected)
+        for side in sides(seed=seed, dtype=dtype)
     )
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float64, 1e-6), (jnp.float32, 1e-3)])
+@pytest.mark.parametrize('rate', [0.1, 1.0])
+def test_learned_weights_converge_to_the_fixed_point_of_expectation_maximisation(rate, dtype, tolerance):
+    chosen, rejected = nearly_alike(dtype=dtype)
     weights = np.full(3, 1 / 3)
     for _ in range(4000):
-        weights = responsibilities_loop(chosen, rejected, weights, 0)
-    entry = weighting.find('learned')
-
-    def step(state, _):
-        return entry.update(state, observed('learned', chosen, rejected, state=state).mean(axis=-1), rate=rate), None
-
-    state, _ = jax.jit(lambda state: jax.lax.scan(step, state, length=int(4000 / rate)))(first_state('learned'))
-    np.testing.assert_allclose(np.exp(state['log_weights']), weights, atol=1e-6)
-    np.testing.assert_allclose(weights_of('learned', chosen, rejected, state=state)[:, 0], weights, atol=1e-6)
+        seen = learned_loop(chosen, rejected, weights, 0).sum(axis=-1)
+        weights = seen / seen.sum()
+    reached = learned_run(chosen, rejected, int(4000 / rate), rate, dtype)
+    np.testing.assert_allclose(reached, weights, atol=tolerance)
     assert (np.sort(weights)[-2:] > 0.05).all()
 
 
-def test_learned_weights_move_by_the_rate():
-    state = {'log_weights': jnp.log(jnp.array([0.5, 0.25, 0.25]))}
-    moved = weighting.find('learned').update(state, jnp.array([0.1, 0.2, 0.7]), rate=0.2)
-    np.testing.assert_allclose(np.exp(moved['log_weights']), [0.42, 0.24, 0.34], rtol=1e-12)
+def test_learned_weights_go_with_their_references():
+    chosen, rejected = nearly_alike()
+    order = [2, 0, 1]
+    moved = (side.replace(reference_logps=side.reference_logps[jnp.array(order)]) for side in (chosen, rejected))
+    weights, permuted = learned_run(chosen, rejected, 50, 0.1), learned_run(*moved, 50, 0.1, primary=1)
+    np.testing.assert_allclose(permuted, weights[order], rtol=1e-10)
+    assert np.ptp(weights) > 0.05
+
+
+@pytest.mark.parametrize('dtype', [jnp.float64, jnp.float32])
+def test_identical_references_keep_equal_weights(dtype):
+    chosen, rejected = (
+        side.replace(reference_logps=jnp.repeat(side.reference_logps, 3, axis=0))
+        for side in sides(references=1, dtype=dtype)
+    )
+    np.testing.assert_allclose(learned_run(chosen, rejected, 300, 0.1, dtype), np.full(3, 1 / 3), rtol=1e-5)
+
+
+def test_learned_weights_start_towards_the_primary_while_the_policy_is_it():
+    chosen, rejected = nearly_alike()
+    chosen, rejected = (side.replace(policy_logps=side.reference_logps[1]) for side in (chosen, rejected))
+    seen = observed('learned', chosen, rejected, state=first_state('learned'), primary=1)
+    np.testing.assert_allclose(seen.sum(axis=0), np.full(4, 2.0), rtol=1e-12)
+
+
+def test_shares_move_by_the_rate_and_keep_what_normalises_them():
+    state = {'shares': jnp.array([0.5, 0.25, 0.25])}
+    moved = weighting.find('learned').update(state, jnp.array([0.4, 0.8, 2.8]), rate=0.2)
+    np.testing.assert_allclose(moved['shares'], [0.48, 0.36, 0.76], rtol=1e-12)
+    weights = weights_of('learned', *sides(), state=moved)
+    np.testing.assert_allclose(weights[:, 0], np.array([0.48, 0.36, 0.76]) / 1.6, rtol=1e-12)
 
 
 @pytest.mark.parametrize('rate', [0.5, 1.0])
 def test_a_weight_is_never_lost_for_good(rate):
     entry = weighting.find('learned')
-    state = jax.tree.map(lambda x: x.astype(jnp.float32), first_state('learned', references=2))
+    state = {'shares': jnp.full(2, 0.5, jnp.float32)}
     for _ in range(400):
         state = entry.update(state, jnp.array([1.0, 0.0], jnp.float32), rate=rate)
-    weights = np.exp(np.asarray(state['log_weights']))
-    assert np.isfinite(state['log_weights']).all() and 0 < weights[1] < 1e-30
+    assert 0 < state['shares'][1] < 1e-14
     state = entry.update(state, jnp.array([0.0, 1.0], jnp.float32), rate=0.5)
-    np.testing.assert_allclose(np.exp(state['log_weights']), [0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(state['shares'], [0.5, 0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize('rate', [0.5, 1.0])
+def test_steps_that_see_nothing_leave_the_weights_as_they_are(rate):
+    """Completions that the policy has all but ruled out have importance weights that underflow."""
+    entry, state = weighting.find('learned'), {'shares': jnp.array([1.2, 0.6, 0.2], jnp.float32)}
+    for _ in range(400):
+        state = entry.update(state, jnp.zeros(3, jnp.float32), rate=rate)
+    weights = weights_of('learned', *sides(dtype=jnp.float32), state=state)[:, 0]
+    np.testing.assert_allclose(weights, [0.6, 0.3, 0.1], rtol=1e-4)
+    state = entry.update(state, jnp.array([0.0, 0.0, 1e-3], jnp.float32), rate=rate)
+    assert weights_of('learned', *sides(dtype=jnp.float32), state=state)[2, 0] > 0.99
 
 
 @pytest.mark.parametrize('name, nearest', [('arwk', 'arwc'), ('swcw_one_hut', 'swcw_one_hot')])
