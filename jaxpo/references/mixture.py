@@ -37,7 +37,7 @@ class Mixture:
     clip: str
     order: str
     primary: int
-    """Place among the references."""
+    """Place among the references; 0 where nothing reads it."""
     words: tuple[tuple[str, Any], ...]
     """Structural hyperparameters of the weighting."""
 
@@ -45,11 +45,6 @@ class Mixture:
     def observes(self) -> str:
         """What its weights are learned from: `nothing`, `validation`, `step` or `reward`."""
         return weighting.find(self.weights).observes
-
-    @property
-    def couples(self) -> bool:
-        """Whether a pair's mix depends on the step's other pairs: weights of a step come from the steps before."""
-        return False
 
 
 class Combined(NamedTuple):
@@ -67,8 +62,8 @@ def make(spec: Mapping[str, Scalar], references: Sequence[str]) -> tuple[Mixture
 
     Args:
       spec: some of `mix`, `weights`, `clip`, `eps` (of a clip, 0 to 1), `primary` (a reference's name, the first by
-        default), `order` (of two references' harmonic mix), hyperparameters of the weighting and, where weights are
-        fixed, references' names with their weights, at least 0.
+        default, where a clip or the weighting reads it), `order` (of two references' harmonic mix), hyperparameters of
+        the weighting and, where weights are fixed, references' names with their weights, at least 0.
       references: names, at least one.
 
     Returns:
@@ -88,7 +83,7 @@ def make(spec: Mapping[str, Scalar], references: Sequence[str]) -> tuple[Mixture
         values['weights'],
         values['clip'],
         values.get('order', _DEFAULTS['order']),
-        tuple(references).index(values['primary']),
+        tuple(references).index(values.get('primary', references[0])),
         tuple(sorted(words.items())),
     )
     numbers = {name: float(values[name]) for name in ('eps', *entry.defaults) if name in values and name not in words}
@@ -101,10 +96,13 @@ def spelled_out(spec: Mapping[str, Scalar], references: Sequence[str]) -> dict[s
     """The mixture with every default that applies filled in, so that each can be logged and overridden."""
     if not references:
         raise InputError('objective.mixture: there is no reference to mix: add one to `references`.')
-    choices = {**_DEFAULTS, 'primary': references[0], **spec}
-    defaults = dict(weighting.find(choices['weights']).defaults)
+    choices = {**_DEFAULTS, **spec}
+    entry = weighting.find(choices['weights'])
+    defaults = dict(entry.defaults)
     if choices['clip'] != 'none':
         defaults['eps'] = _EPS
+    if choices['clip'] != 'none' or entry.reads_primary:
+        defaults['primary'] = references[0]
     if choices['weights'] == 'fixed':
         defaults |= dict.fromkeys(references, _WEIGHT)
     if 'order' not in spec and not _has_order(choices['mix'], references):
@@ -125,6 +123,11 @@ def _check_keys(spec, references, entry: weighting.Weighting) -> None:
         )
     if 'eps' in spec and spec.get('clip', 'none') == 'none':
         raise InputError('objective.mixture.eps is the size of a clip: add clip (adaptive or fixed), or drop eps.')
+    if 'primary' in spec and spec.get('clip', 'none') == 'none' and not entry.reads_primary:
+        raise InputError(
+            f'objective.mixture.primary has no effect: no clip is around it, and the weights {entry.name} read none. '
+            'Add clip (adaptive or fixed), or drop primary.'
+        )
     for name in spec:
         if name in references and entry.name != 'fixed':
             raise InputError(
@@ -138,7 +141,7 @@ def _check_values(values, references, entry: weighting.Weighting) -> None:
     for name, words in _WORDS.items():
         if name in values and values[name] not in words:
             raise unknown(f'objective.mixture.{name}', str(values[name]), words)
-    if values['primary'] not in references:
+    if 'primary' in values and values['primary'] not in references:
         raise unknown('objective.mixture.primary', str(values['primary']), references)
     if values.get('order') == 'official_code' and not _has_order(values['mix'], references):
         raise InputError(
@@ -167,7 +170,7 @@ def init_state(mixture: Mixture) -> dict[str, jax.Array]:
     function = weighting.find(mixture.weights).init_state
     if function is None:
         return {}
-    return function(len(mixture.references), mixture.primary, **named(function, dict(mixture.words)))
+    return function(len(mixture.references), **named(function, dict(mixture.words)))
 
 
 def combine(

@@ -46,7 +46,7 @@ def arwc(chosen: Completion, rejected: Completion, *, confidence: Literal['sum',
     return normalised(confidence_in(chosen, rejected, confidence))
 
 
-def _uniform(references: int, primary: int) -> dict[str, jax.Array]:
+def _uniform(references: int) -> dict[str, jax.Array]:
     return {'weights': jnp.full(references, 1 / references)}
 
 

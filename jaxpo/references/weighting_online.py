@@ -18,7 +18,7 @@ More would be less bias where the policy has moved further than that, and more n
 LEAST_SHARE = 1e-15  # of `learned`, of the sum of shares, and that sum: float32 holds both, and one can return from it
 
 
-def _empty_window(references: int, primary: int, *, window: int = 1) -> dict[str, jax.Array]:
+def _empty_window(references: int, *, window: int = 1) -> dict[str, jax.Array]:
     return {'window': jnp.zeros((window, references))}
 
 
@@ -71,7 +71,7 @@ def swcw_one_hot(chosen: Completion, rejected: Completion, *, state, primary: in
     return for_all(one_hot(state['window'].sum(axis=0), primary), chosen)
 
 
-def _untried(references: int, primary: int) -> dict[str, jax.Array]:
+def _untried(references: int) -> dict[str, jax.Array]:
     return {'successes': jnp.zeros(references), 'failures': jnp.zeros(references)}
 
 
@@ -110,7 +110,7 @@ def tsw(chosen: Completion, rejected: Completion, *, state, key, primary: int, p
     return for_all(_arm(state, key, primary, prior), chosen)
 
 
-def _equal_shares(references: int, primary: int) -> dict[str, jax.Array]:
+def _equal_shares(references: int) -> dict[str, jax.Array]:
     return {'shares': jnp.full(references, 1 / references)}
 
 

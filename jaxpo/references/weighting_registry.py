@@ -24,7 +24,7 @@ class Weighting:
     observes: Literal['nothing', 'validation', 'step', 'reward']
     """What `update` learns from: validation pairs before training, each step's pairs, or a reward for each step."""
     init_state: Callable | None
-    """`(references, primary, **words) -> state`, float32 arrays; `references` is how many there are."""
+    """`(references, **words) -> state`, float32 arrays; `references` is how many there are."""
     observe: Callable | None
     """`(chosen, rejected, *, state, primary) -> pytree of [..., B]`: of each pair, to be averaged over those that are
     there."""
@@ -57,6 +57,12 @@ class Weighting:
         """Those of the defaults that are structural, fixed at compilation; the others are traced numbers."""
         words = {name: value for name, value in _keywords(self.weights).items() if isinstance(value, str)}
         return {**_keywords(self.init_state), **words}
+
+    @property
+    def reads_primary(self) -> bool:
+        """Whether one of the references is the primary one to it."""
+        functions = [function for function in (self.weights, self.observe, self.update) if function]
+        return any('primary' in inspect.signature(function).parameters for function in functions)
 
     def check(self, name: str, value: Any) -> None:
         """Raises InputError for a value that the hyperparameter `name` cannot take."""

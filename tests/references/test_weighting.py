@@ -36,8 +36,8 @@ def observed(name, chosen, rejected, **keywords):
     return function(chosen, rejected, **named(function, {'primary': 0, **keywords}))
 
 
-def first_state(name, references=3, primary=0, **words):
-    return weighting.find(name).init_state(references, primary, **words)
+def first_state(name, references=3, **words):
+    return weighting.find(name).init_state(references, **words)
 
 
 def with_lengths(side, seed=0):
@@ -65,10 +65,14 @@ def test_a_docstring_says_what_a_weighting_is(name):
         assert hyperparameter in inspect.getdoc(entry.weights)
 
 
+def test_some_weightings_read_the_primary():
+    assert [name for name in NAMES if weighting.find(name).reads_primary] == ['learned', 'swcw_one_hot', 'tsw']
+
+
 def first_weights(name, chosen, rejected, **more):
     references = chosen.reference_logps.shape[0]
     entry = weighting.find(name)
-    state = entry.init_state(references, 1) if entry.init_state else None
+    state = entry.init_state(references) if entry.init_state else None
     return weights_of(name, chosen, rejected, **{'state': state, 'given': jnp.ones(references), 'primary': 1, **more})
 
 
@@ -174,7 +178,7 @@ def test_validation_without_a_sign_of_preference_leaves_weights_uniform(name):
 @pytest.mark.parametrize('window', [1, 2, 3])
 @pytest.mark.parametrize('name', ['swcw', 'swcw_one_hot'])
 def test_a_window_slides_over_the_steps_before(name, window):
-    state, seen = first_state(name, primary=2, window=window), []
+    state, seen = first_state(name, window=window), []
     assert state['window'].shape == (window, 3)
     for step in range(5):
         chosen, rejected = sides(seed=step)
