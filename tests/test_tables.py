@@ -76,6 +76,8 @@ def test_what_is_scored_is_what_the_model_says(folder, layout, mesh):
     ):
         assert np.abs(values).sum() > 1
     assert set(chosen.companions) == {'mismatched', 'corrupted'}
+    for place in range(2):
+        assert np.abs(rejected.reference_logps[:, place] - rejected.model_logps['earlier']).max() > 1
 
 
 # What is trained.
