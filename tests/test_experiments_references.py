@@ -13,6 +13,7 @@ from jaxpo.experiment import import_module
 FOLDER = pathlib.Path(__file__).parents[1] / 'experiments/references'
 SHARED = pathlib.Path(__file__).parents[2] / 'shared/data/ci'
 domains, pairs = (import_module(str(FOLDER / f'{name}.py')) for name in ('domains', 'pairs'))
+SIZES = {'scarce': pairs.SCARCE, 'larger': pairs.LARGER, 'validation': pairs.VALIDATION}
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason='the folder of shared data is not beside the repository')
 
 
@@ -90,11 +91,7 @@ def test_the_table_marks_the_lowest_of_each_domain():
 @pytest.mark.parametrize('seed', pairs.SEEDS)
 def test_parts_of_a_split_are_disjoint_but_for_the_scarce_in_the_larger(seed):
     parts = pairs.split(500, seed)
-    assert {name: len(set(places.tolist())) for name, places in parts.items()} == {
-        'scarce': 48,
-        'larger': 240,
-        'validation': 64,
-    }
+    assert {name: len(set(places.tolist())) for name, places in parts.items()} == SIZES
     assert set(parts['scarce']) < set(parts['larger']) and not set(parts['larger']) & set(parts['validation'])
     assert max(map(max, parts.values())) < 500
 
@@ -107,21 +104,22 @@ def test_a_split_follows_from_its_seed_alone():
 
 
 def test_too_few_pairs_are_refused():
-    with pytest.raises(InputError, match='303 pairs are too few'):
-        pairs.split(303, 0)
+    with pytest.raises(InputError, match='pairs are too few'):
+        pairs.split(pairs.LARGER + pairs.VALIDATION - 1, 0)
+    assert pairs.split(pairs.LARGER + pairs.VALIDATION, 0)
 
 
 @needs_shared
 def test_the_files_of_the_study_hold_their_pairs(tmp_path):
     found = pairs.write(tmp_path)
-    assert sorted(found.values()) == sorted([150] + [48, 240, 64] * 3)
+    assert sorted(found.values()) == sorted([150, *[*SIZES.values()] * len(pairs.SEEDS)])
     evaluated = prompts_of(pairs.evaluation_file(tmp_path))
     for seed in pairs.SEEDS:
         scarce, larger, validation = (
             prompts_of(pairs.file(tmp_path, seed, part)) for part in ('scarce', 'larger', 'validation')
         )
         assert scarce < larger and not validation & larger and not (larger | validation) & evaluated
-        assert (len(scarce), len(larger), len(validation)) == (48, 240, 64)
+        assert {'scarce': len(scarce), 'larger': len(larger), 'validation': len(validation)} == SIZES
 
 
 def test_missing_sources_are_an_input_error(tmp_path):
