@@ -23,7 +23,7 @@ LORA = Lora(rank=4, alpha=6.0)
 SETTINGS = {
     'lora': LORA,
     'train': Train(batch_pairs=6, steps=8),
-    'optimizer': Optimizer(learning_rate=3e-2),
+    'optimizer': Optimizer(learning_rate=0.1),
     'export': Export(dtype='float32'),
 }
 
@@ -90,19 +90,18 @@ def test_a_policy_is_its_own_reference_and_holds_no_copy(finished):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('zero', ['a', 'b'])
-def test_log_ratios_are_exactly_zero_at_the_start(tmp_path, dtype, zero):
+def test_log_ratios_are_exactly_zero_at_the_start(tmp_path, dtype):
     model = Model(str(tmp_path / 'model'), dtype=dtype, remat='none')
-    prepared = run.prepare(experiment(tmp_path, model=model, lora=Lora(rank=4, zero=zero)))
-    start = loading.load_start(prepared)
-    assert differ(start.params, jax.tree.map(np.zeros_like, start.params))
-    score_step = jax.jit(step.make_score_step(prepared.models, ('initial',)))
-    batch = run.make_batch(prepared, run.read_pairs(prepared).train)
-    ratios = jax.device_get(score_step(start.params, start.frozen, batch))
-    assert not np.any(ratios['chosen']) and not np.any(ratios['rejected'])
-    louder = jax.tree.map(lambda leaf: leaf + 0.1, start.params)
-    ratios = jax.device_get(score_step(louder, start.frozen, batch))
-    assert np.abs(ratios['chosen']).max() > 0.1
+    prepared = [run.prepare(experiment(tmp_path, model=model, lora=Lora(rank=4, zero=zero))) for zero in 'ab']
+    score_step = jax.jit(step.make_score_step(prepared[0].models, ('initial',)))
+    batch = run.make_batch(prepared[0], run.read_pairs(prepared[0]).train)
+    for start in map(loading.load_start, prepared):
+        assert differ(start.params, jax.tree.map(np.zeros_like, start.params))
+        ratios = jax.device_get(score_step(start.params, start.frozen, batch))
+        assert not np.any(ratios['chosen']) and not np.any(ratios['rejected'])
+        louder = jax.tree.map(lambda leaf: leaf + 0.1, start.params)
+        ratios = jax.device_get(score_step(louder, start.frozen, batch))
+        assert np.abs(ratios['chosen']).max() > 0.1
 
 
 def test_it_learns(finished):
