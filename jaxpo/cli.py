@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from jaxpo import catalogue, commands
+from jaxpo import catalogue, commands, mixture_catalogue
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.train import train
@@ -37,7 +37,7 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A command about losses: it takes no experiment and trains nothing."""
+    """A command about losses and mixtures: it takes no experiment and trains nothing."""
 
     function: Callable[[Sequence[str]], int]
     usage: str
@@ -46,6 +46,9 @@ class Tool:
 
 TOOLS = {
     'losses': Tool(catalogue.show_losses, '[NAME]', 'list all losses, or show one with its curve'),
+    'mixtures': Tool(
+        mixture_catalogue.show_mixtures, '[NAME]', 'list how references are mixed and weighed, or show one'
+    ),
     'check': Tool(catalogue.check, 'NAME', 'check a loss, yours (FILE.py:LOSS) or a registered one'),
 }
 COMMANDS = {
@@ -112,9 +115,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _help() -> str:
     commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in COMMANDS.items())
-    tools = '\n'.join(f'  {f"{name} {tool.usage}":14s} {tool.summary}' for name, tool in TOOLS.items())
+    tools = '\n'.join(f'  {f"{name} {tool.usage}":16s} {tool.summary}' for name, tool in TOOLS.items())
     return (
         f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'
-        f'commands:\n{commands_}\n\nabout losses:\n{tools}\n\n'
+        f'commands:\n{commands_}\n\nabout losses and mixtures:\n{tools}\n\n'
         f'`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
     )

@@ -32,6 +32,7 @@ FLOORS = {
     'scoring': 7,
     'step': 8,
     'catalogue': 7,
+    'mixture_catalogue': 7,
     'provenance': 7,
     'run': 9,
     'loading': 10,

@@ -21,11 +21,13 @@ CLIPS = ('none', 'adaptive', 'fixed')
 
 
 def harmonic(logps: jax.Array, weights: jax.Array) -> jax.Array:
-    """The log of the weighted harmonic mean of probabilities, `[B]`: MRPO's one reference.
+    """The weighted harmonic mean of probabilities, MRPO's: the reference that puts a completion lowest decides.
 
-    -log sum_k w_k / p_k = -logsumexp_k(log w_k - lp_k), which is at most the least lp_k - log w_k: of log-probabilities
-    many nats apart, the lowest decides. A completion's probabilities so mixed sum to at most 1. Le et al. 2024,
-    arXiv:2405.16388, where it is the prior that bounds the objective with a KL penalty to each reference from below.
+    log p = -logsumexp_k(log w_k - lp_k)
+
+    `[B]`. It is at most the least lp_k - log w_k. A completion's probabilities so mixed sum to at most 1. Le et al.
+    2024, arXiv:2405.16388, where it is the prior that bounds the objective with a KL penalty to each reference from
+    below.
 
     Differs: public code holds weights to at least 1e-6, so that a reference without any weight still has its say where
     it is 14 nats below the others; here it has none.
@@ -34,18 +36,24 @@ def harmonic(logps: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def geometric(logps: jax.Array, weights: jax.Array) -> jax.Array:
-    """The log of the weighted geometric mean of probabilities, sum_k w_k * lp_k, `[B]`.
+    """The weighted geometric mean of probabilities: exact for a weighted sum of KL penalties.
 
-    Its optimum is that of the objective with the penalty sum_k w_k * KL(policy || reference_k), exactly: the weighted
-    sum of KL divergences is the divergence from the normalised geometric mean, but for a constant of the prompt.
+    log p = sum_k w_k * lp_k
+
+    `[B]`. Its optimum is that of the objective with the penalty sum_k w_k * KL(policy || reference_k), exactly: the
+    weighted sum of KL divergences is the divergence from the normalised geometric mean, but for a constant of the
+    prompt.
     """
     return (weights * _heard(logps, weights)).sum(axis=0)
 
 
 def arithmetic(logps: jax.Array, weights: jax.Array) -> jax.Array:
-    """The log of the weighted mean of probabilities, logsumexp_k(log w_k + lp_k), `[B]`: the highest decides.
+    """The weighted mean of probabilities, a mixture distribution: the reference that puts a completion highest decides.
 
-    The only one of the three that is a distribution over completions: a reference drawn by its weight, then sampled.
+    log p = logsumexp_k(log w_k + lp_k)
+
+    `[B]`. The only one of the three that is a distribution over completions: a reference drawn by its weight, then
+    sampled.
     """
     return _log_mean(_heard(logps, weights), weights)
 

@@ -141,8 +141,8 @@ def _towards(state, means, *, rate: float = 0.1):
 
 
 @weighting(
-    'the EM step of the mutual-information view, Tutunov, Grosnit and Bou-Ammar 2025, arXiv:2501.01544, taken online '
-    'as by Cappe and Moulines 2009, arXiv:0712.4273',
+    'Tutunov, Grosnit and Bou-Ammar 2025, arXiv:2501.01544, by the online EM of Cappe and Moulines 2009, '
+    'arXiv:0712.4273',
     observes='step',
     init_state=_equal_shares,
     observe=_weighted_responsibilities,
@@ -170,6 +170,6 @@ def learned(chosen: Completion, rejected: Completion, *, state):
     the primary reference the best mixture *is* the primary: the weights start towards it, and leave as the policy does.
 
     Unverified: the paper's prior is free, and its alternation exact; that mixture weights take its place, and the
-    estimate from pairs, are ours. Cappe and Moulines is cited from memory.
+    estimate from pairs, are ours. Of Cappe and Moulines the abstract was at hand, the algorithm from memory.
     """
     return for_all(normalised(state['shares']), chosen)
