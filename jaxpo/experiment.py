@@ -42,10 +42,13 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
     config = module.get_config()
     if not isinstance(config, Config):
         raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
-    config = dataclasses.replace(config, objective=objective.spelled_out(config.objective, tuple(config.references)))
+    written, references = config.objective, tuple(config.references)
+    config = dataclasses.replace(config, objective=objective.spelled_out(written, references))
     # A switch has a value too, True or False, as every other field has.
     options = {'prog': f'jaxpo {command} {path}', 'config': (tyro.conf.FlagConversionOff,)}
     config = tyro.cli(Config, default=config, args=list(overrides), **options)
+    changed = objective.spelled_out_again(written, config.objective, references)
+    config = dataclasses.replace(config, objective=changed)
     return Experiment(pathlib.Path(path), config, getattr(module, 'reward', None))
 
 

@@ -19,6 +19,7 @@ from jaxpo.specification import MIXTURE, Objective, Term
 from jaxpo.specification import make as make
 from jaxpo.specification import mrpo as mrpo
 from jaxpo.specification import spelled_out as spelled_out
+from jaxpo.specification import spelled_out_again as spelled_out_again
 from jaxpo.types import Completion
 
 _MIXTURE_PLACE = 2**31 - 1  # no loss of an objective stands there

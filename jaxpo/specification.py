@@ -206,3 +206,24 @@ def spelled_out(spec: Mapping[str, Mapping[str, Scalar]], references: Sequence[s
     # Equal weights go without saying, so that another weighting may be chosen on the command line.
     unused = {*_words_of_a_mix([term for term in terms if term.reads_reference]), *references} - {*spec[MIXTURE]}
     return {MIXTURE: {word: value for word, value in mixture.items() if word not in unused}} | full
+
+
+def spelled_out_again(
+    spec: Mapping[str, Mapping[str, Scalar]],
+    changed: Mapping[str, Mapping[str, Scalar]],
+    references: Sequence[str],
+) -> dict[str, dict[str, Scalar]]:
+    """`spelled_out(spec)`, some of whose values are `changed`, with the defaults that then apply.
+
+    A default that nobody wrote goes where it no longer applies: another weighting has other hyperparameters.
+    """
+    before = spelled_out(spec, references)
+    said = {
+        name: {
+            word: value
+            for word, value in given.items()
+            if word in spec[name] or word not in before[name] or value != before[name][word]
+        }
+        for name, given in changed.items()
+    }
+    return spelled_out(said, references)

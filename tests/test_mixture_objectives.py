@@ -203,6 +203,13 @@ def overridden(folder: pathlib.Path, spec, *words):
 def test_another_weighting_by_the_command_line(tmp_path):
     made = overridden(tmp_path, {'mixture': {}, 'dpo': {}}, '--objective.mixture.weights', 'arwc')
     assert made.mixture.weights == 'arwc'
+    made = overridden(tmp_path, objective.mrpo(), '--objective.mixture.weights', 'swcw')
+    assert made.mixture.words == (('window', 1),) and made.hyperparameters['mixture'] == {'eps': 0.1}
+    made = overridden(tmp_path, {'mixture': {'clip': 'fixed'}, 'dpo': {}}, '--objective.mixture.clip', 'none')
+    assert made.mixture.clip == 'none'
+    with pytest.raises(InputError, match="Unknown key of objective.mixture 'confidence'"):
+        said = {'mixture': {'weights': 'arwc', 'confidence': 'mean'}, 'dpo': {}}
+        overridden(tmp_path, said, '--objective.mixture.weights', 'swcw')
     explicit = {'mixture': {'base': 0.7}, 'dpo': {}}
     with pytest.raises(InputError, match="base is a fixed weight, but weights is 'arwc': drop one"):
         overridden(tmp_path, explicit, '--objective.mixture.weights', 'arwc')
