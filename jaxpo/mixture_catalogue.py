@@ -60,7 +60,7 @@ def _print_all() -> None:
     out = console()
     out.print('[bold]weights[/bold], which say how much each reference counts:')
     for name, entry in sorted(WEIGHTINGS.items()):
-        facts = (entry.formula, entry.source, f'{_settings(entry) or "no hyperparameters"}; {_learning(entry)}')
+        facts = (entry.formula, entry.source, f'{_settings(entry) or "no hyperparameters"}; learns {_learning(entry)}')
         _print_entry(name, entry.summary, facts)
     out.print('\n[bold]mix[/bold], which makes one reference of them:')
     for name, mix in MIXES.items():
@@ -79,7 +79,7 @@ def _print_weighting(entry: Weighting) -> None:
     out = console()
     out.print(f'[bold cyan]{entry.name}[/bold cyan]  {escape(entry.source)}\n')
     out.print(escape(inspect.getdoc(entry.weights)))
-    out.print(f'\nlearning  {_learning(entry)}')
+    out.print(f'\nlearns    {_learning(entry)}')
     out.print(f'settings  {escape(_settings(entry) or "none")}')
     out.print(_in_use('weights', entry.name), markup=False)
 
@@ -97,7 +97,7 @@ def _in_use(word: str, name: str) -> str:
 
 def _learning(entry: Weighting) -> str:
     primary = '; reads which reference is the primary one' if entry.reads_primary else ''
-    return f'learns from {LEARNS_FROM[entry.observes]}{primary}'
+    return f'from {LEARNS_FROM[entry.observes]}{primary}'
 
 
 def _settings(entry: Weighting) -> str:

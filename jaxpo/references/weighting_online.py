@@ -162,12 +162,13 @@ def learned(chosen: Completion, rejected: Completion, *, state):
     weights, over all that was seen. A missing completion counts nothing. rate in (0, 1], 0.1, is how far one step
     moves; all weights are equal at first, each step's come from the steps before it, and none is lost for good.
 
-    Where the primary reference wrote both completions of every pair, labels aside, and no omega is truncated, steps
-    estimate those of EM without bias, so that ever smaller rates lead to its fixed point; a constant rate hovers around
-    it, more widely the fewer pairs a step has. Completions that something else wrote, or omega truncated where the
-    policy has moved far, find the mixture nearest to something else than the policy. Long completions make
-    responsibilities nearly one-hot: which reference is likeliest then decides alone. And while the policy still equals
-    the primary reference the best mixture *is* the primary: the weights start towards it, and leave as the policy does.
+    Where the primary reference wrote both completions of every pair, labels aside, and no omega is truncated, a step's
+    mean is an unbiased estimate of twice what EM would make of the weights, so that ever smaller rates lead to its
+    fixed point; a constant rate hovers around it, more widely the fewer pairs a step has. With completions that
+    something else wrote, or omega truncated where the policy has moved far, the mixture found is nearest to something
+    else than the policy. Long completions make responsibilities nearly one-hot: which reference is likeliest then
+    decides alone. And while the policy still equals the primary reference the best mixture *is* the primary: the
+    weights start towards it, and leave as the policy does.
 
     Unverified: the paper's prior is free, and its alternation exact; that mixture weights take its place, and the
     estimate from pairs, are ours. Of Cappe and Moulines the abstract was at hand, the algorithm from memory.

@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from jaxpo.errors import InputError
-from jaxpo.losses.blahut_arimoto import blahut_arimoto, em_step, mixture_blahut_arimoto
+from jaxpo.losses.blahut_arimoto import blahut_arimoto, em_step, mixture_blahut_arimoto, responsibilities
 
 BETAS = [0.5, 2.0, 5.0]
 SEEDS = [1, 2, 4, 5]  # their best mixtures are of one, two and all three components
@@ -203,6 +203,17 @@ def test_a_step_of_expectation_maximisation_is_the_mean_responsibility():
     found = em_step(log_weights, logps, given)
     np.testing.assert_allclose(np.exp(found), expected, rtol=1e-12)
     np.testing.assert_allclose(em_step(log_weights, logps, 1e-3 * given), found, rtol=1e-12)
+
+
+def test_responsibilities_are_bayes_rule_whatever_is_added():
+    log_weights, logps, _ = samples()
+    joint = np.exp(log_weights[:, None] + logps)
+    expected = joint / joint.sum(axis=0)
+    np.testing.assert_allclose(responsibilities(log_weights, logps), expected, rtol=1e-11)
+    shifted = responsibilities(log_weights + 3.0, logps - 900.0)
+    np.testing.assert_allclose(shifted, expected, rtol=1e-10)
+    none = responsibilities(np.log([0.5, 0.5]), np.full((2, 1), -np.inf))
+    np.testing.assert_array_equal(none, np.zeros((2, 1)))
 
 
 def test_steps_climb_the_likelihood():
