@@ -5,15 +5,24 @@ import re
 
 import pytest
 
-from jaxpo import catalogue, cli
+from jaxpo import catalogue, cli, mixture_catalogue
 from jaxpo.losses import priors
 
 README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('table', [catalogue.markdown_table, priors.unification_table])
-def test_the_tables_of_losses_and_priors_are_the_registries(table):
-    assert table() in README, '`jaxpo losses --markdown` prints what the README should hold.'
+@pytest.mark.parametrize(
+    'table',
+    [
+        catalogue.markdown_table,
+        priors.unification_table,
+        lambda: mixture_catalogue.markdown_tables().split('\n\n')[0],
+        lambda: mixture_catalogue.markdown_tables().split('\n\n')[1].rstrip(),
+    ],
+    ids=['losses', 'priors', 'weightings', 'mixes'],
+)
+def test_the_tables_of_registries_are_theirs(table):
+    assert table() in README, '`jaxpo losses --markdown` and `jaxpo mixtures --markdown` print what it should hold.'
 
 
 def test_every_command_is_in_the_readme():
