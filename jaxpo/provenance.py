@@ -16,19 +16,24 @@ from jaxpo.metrics import flatten
 PACKAGES = ('jaxpo', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'numpy')
 
 
-def claim(directory: pathlib.Path, config: Config) -> None:
-    """Makes `directory` the run's, or finds that it is already; writes config.json and versions.json there.
-
-    InputError where it holds a run with other settings, and which ones differ: a directory never mixes two runs.
-    """
+def check(directory: pathlib.Path, config: Config) -> None:
+    """InputError where `directory` holds a run with other settings, and which ones differ, or something else."""
     path = directory / 'config.json'
     if path.exists():
         _refuse_other(path, config)
     elif directory.exists() and any(directory.iterdir()):
         raise InputError(f'output: {directory} is not empty and holds no run. Name a new directory.')
+
+
+def claim(directory: pathlib.Path, config: Config) -> None:
+    """Makes `directory` the run's, or finds that it is already; writes config.json and versions.json there.
+
+    InputError as `check` has it: a directory never mixes two runs.
+    """
+    check(directory, config)
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(experiment.to_json(config) + '\n', encoding='utf-8')
+        (directory / 'config.json').write_text(experiment.to_json(config) + '\n', encoding='utf-8')
         (directory / 'versions.json').write_text(json.dumps(versions(), indent=2) + '\n', encoding='utf-8')
 
 

@@ -138,7 +138,7 @@ def _reference_bytes(run: Run, shapes, shardings) -> dict[str, int]:
     """By what is shown of it: the policy beneath its adapter, and every reference with weights of its own."""
     trees = {f'policy beneath its adapter ({run.dtype})': (shapes.base_params, shardings.base_params)}
     for name, tree in shapes.reference_params.items():
-        where = " in the host's memory" if run.in_host(name) else ''
+        where = ', fetched from the host for each step' if run.in_host(name) else ''
         trees[f'reference {name} ({run.dtype_of(name)}){where}'] = (tree, shardings.reference_params[name])
     for name, tree in shapes.average_params.items():
         trees[f'reference {name} (float32, follows the policy)'] = (tree, shardings.average_params[name])

@@ -151,11 +151,11 @@ def _fill(run: Run, name: str, tables: Mapping[str, Table], pairs: Sequence[Pair
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
             found |= {key: values for key, values in compute(part).items() if key in absent}
-            if time.monotonic() - last > SECONDS_BETWEEN_SHARDS:
+            done = start + len(part)
+            if done == len(wanted) or time.monotonic() - last > SECONDS_BETWEEN_SHARDS:
                 _write(tables, found)
                 found, last = {}, time.monotonic()
-            show(min(start + batch, len(wanted)), {})
-    _write(tables, found)
+            show(done, {})
     return len(absent)
 
 

@@ -37,12 +37,13 @@ def train(experiment: Experiment) -> None:
     schedule = Schedule(run.config.train, len(pairs.train))
     shapes, _ = abstract_state(run)
     check_room(run.directory, shapes, run.config.train.keep_checkpoints)
-    provenance.claim(run.directory, run.config)
-    if jax.process_index() == 0:
-        audit.write_report(run.directory / 'data_report.json', pairs.reports)
+    provenance.check(run.directory, run.config)
     report.print_header(run, pairs, schedule)
     pairs, filled = tabulate.attach(run, pairs)
     report.print_tables(filled)
+    provenance.claim(run.directory, run.config)
+    if jax.process_index() == 0:
+        audit.write_report(run.directory / 'data_report.json', pairs.reports)
 
     with open_checkpoints(run.directory / 'checkpoints', run.config.train.keep_checkpoints) as checkpoints:
         # Load, or resume where the last committed checkpoint is.

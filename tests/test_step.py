@@ -145,7 +145,7 @@ def test_tied_head_gets_both_of_its_gradients():
         return (scored * weight).sum()
 
     def through_step(params):
-        chosen, _ = scoring.log_probabilities(models(config), params, {}, batch)
+        chosen, _ = scoring.log_probabilities(models(config), (), params, {'base': {}}, batch)
         return (chosen.policy_logps * chosen.weights).sum()
 
     params = parameters(config)

@@ -184,7 +184,7 @@ def test_evaluation_samples_rewards_and_measures_the_kl(tmp_path):
     samples = [json.loads(line) for line in (tmp_path / 'run' / 'samples_000004.jsonl').read_text().splitlines()]
     assert len(samples) == 8
     assert lines[-1]['eval/reward'] == pytest.approx(np.mean([len(s['completion'].split()) for s in samples]))
-    assert lines[-1]['eval/kl'] == pytest.approx(np.mean([s['log_ratio'] for s in samples]))
+    assert lines[-1]['eval/kl'] == pytest.approx(np.mean([s['log_ratios']['initial'] for s in samples]))
 
 
 def test_another_model_can_be_the_reference(tmp_path):
