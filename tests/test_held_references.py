@@ -157,7 +157,7 @@ def test_a_dry_run_says_what_every_kind_takes(folder, capsys):
     }
     sizes = bytes_of(experiment(folder, references=references, lora=Lora(rank=2)), capsys)
     base = sizes['policy beneath its adapter (float32)']
-    assert sizes["reference hosted (float32) in the host's memory"] == base
+    assert sizes['reference hosted (float32), fetched from the host for each step'] == base
     adapter = sizes['policy (float32)']
     assert sizes['reference moving (float32, follows the policy)'] == adapter < base / 4
     assert sizes['optimizer'] == pytest.approx(2 * adapter, rel=0.01)

@@ -78,7 +78,7 @@ def by_numpy(run_, pairs, weights):
 
 
 @pytest.mark.parametrize('weights', ['vdw', 'vaw'])
-def test_validation_pairs_choose_the_weights_before_training(tmp_path, weights, monkeypatch):
+def test_validation_pairs_choose_the_weights(tmp_path, weights):
     made = experiment(tmp_path, {'weights': weights})
     prepared = run.prepare(made)
     pairs = run.read_pairs(prepared).validation
@@ -87,6 +87,14 @@ def test_validation_pairs_choose_the_weights_before_training(tmp_path, weights, 
     assert np.abs(expected - 0.5).max() > 0.02
     weighed = weighing.weigh(prepared, loading.load_state(prepared), pairs)
     np.testing.assert_allclose(weighed.method_state['mixture']['weights'], expected, rtol=1e-5)
+
+
+def test_weights_chosen_before_training_stay_through_it(tmp_path, monkeypatch):
+    made = experiment(tmp_path, {'weights': 'vdw'})
+    prepared = run.prepare(made)
+    weighed = weighing.weigh(prepared, loading.load_state(prepared), run.read_pairs(prepared).validation)
+    expected = np.asarray(weighed.method_state['mixture']['weights'])
+    assert np.abs(expected - 0.5).max() > 0.02
     with monkeypatch.context() as patched:
         stop_after(1, patched)
         with pytest.raises(Interrupted):
@@ -96,7 +104,7 @@ def test_validation_pairs_choose_the_weights_before_training(tmp_path, weights, 
     train.train(made)
     number, saved = saved_state(made)
     assert number == 4
-    np.testing.assert_array_equal(saved.method_state['mixture']['weights'], weighed.method_state['mixture']['weights'])
+    np.testing.assert_array_equal(saved.method_state['mixture']['weights'], expected)
     for line in logged(made):
         prefix = 'eval/' * ('loss' not in line)
         found = [line[f'{prefix}references/{name}/weight'] for name in TWO]

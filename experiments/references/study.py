@@ -3,12 +3,13 @@
     python experiments/references/domains.py && python experiments/references/pairs.py
     python experiments/references/study.py [--output runs/many_references] [--only mrpo_arwc] [--seeds 0] [--kl]
 
-Every case trains the same adapter on the same pairs, 24 (scarce, twice over) or 96 (larger, once) of TruthfulQA's, in three splits by
-seed, by the loop of `jaxpo train`. The four references are SmolLM2 as it starts and what `domains.py` made of it, all
-read from tables that the runs share. What is finished is not run again. The result is `table.md` in OUTPUT: accuracy
-on 150 held-out pairs by three yardsticks (implicit reward against the case's own reference, against the start, and mean
-token log-probability without any), as mean, least and largest over seeds, and its difference from DPO against the
-start on the same split. `--kl` adds KL(policy || reference) to each, estimated on samples, with references live.
+Every case trains the same adapter on the same pairs, 24 (scarce, twice over) or 96 (larger, once) of TruthfulQA's, in
+three splits by seed, by the loop of `jaxpo train`. The four references are SmolLM2 as it starts and what `domains.py`
+made of it, all read from tables that the runs share. What is finished is not run again. The result is `table.md` in
+OUTPUT: accuracy on 150 held-out pairs by three yardsticks (implicit reward against the case's own reference, against
+the start, and mean token log-probability without any), as mean, least and largest over seeds, and its difference from
+DPO against the start on the same split. `--kl` adds KL(policy || reference) to each, estimated on samples, with
+references live.
 """
 
 import argparse
