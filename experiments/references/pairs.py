@@ -2,7 +2,7 @@
 
     python experiments/references/pairs.py [--output runs/many_references]
 
-For each of SEEDS it writes OUTPUT/seed_N/scarce.jsonl (24 pairs), larger.jsonl (96, the scarce ones among them) and
+For each of SEEDS it writes OUTPUT/seed_N/scarce.jsonl (24 pairs), larger.jsonl (72, the scarce ones among them) and
 validation.jsonl (64 others, by which mixing weights are chosen or judged); and once for all OUTPUT/evaluation.jsonl
 (150 pairs of other questions). Seeds split anew, so that the spread over seeds has that of all three choices in it.
 
@@ -20,7 +20,7 @@ from jaxpo.errors import InputError
 SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared/data/ci'
 OUTPUT = 'runs/many_references'
 SEEDS = (0, 1, 2)
-SCARCE, LARGER, VALIDATION = 24, 96, 64
+SCARCE, LARGER, VALIDATION = 24, 72, 64
 
 
 def split(count: int, seed: int) -> dict[str, np.ndarray]:

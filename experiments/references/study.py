@@ -3,10 +3,10 @@
     python experiments/references/domains.py && python experiments/references/pairs.py
     python experiments/references/study.py [--output runs/many_references] [--only mrpo_arwc] [--seeds 0] [--kl]
 
-Every case trains the same adapter on the same pairs, 24 (scarce, twice over) or 96 (larger, once) of TruthfulQA's, in
+Every case trains the same adapter on the same pairs, 24 (scarce, twice over) or 72 (larger, once) of TruthfulQA's, in
 three splits by seed, by the loop of `jaxpo train`. The four references are SmolLM2 as it starts and what `domains.py`
 made of it, all read from tables that the runs share. What is finished is not run again. The result is `table.md` in
-OUTPUT: accuracy on 150 held-out pairs by three yardsticks (implicit reward against the case's own reference, against
+OUTPUT: accuracy on 100 held-out pairs by three yardsticks (implicit reward against the case's own reference, against
 the start, and mean token log-probability without any), as mean, least and largest over seeds, and its difference from
 DPO against the start on the same split. `--kl` adds KL(policy || reference) to each, estimated on samples, with
 references live.
@@ -85,11 +85,11 @@ def get_config(case: Case | None = None, size: str = 'scarce', seed: int = 0, ou
             max_prompt_tokens=128,
             max_completion_tokens=64,
         ),
-        rows=Rows(layout='shared', lengths=(512,), microbatch=2, pairs_per_row=16),
+        rows=Rows(layout='shared', lengths=(320,), microbatch=4, pairs_per_row=8),
         objective=case.objective,
         optimizer=Optimizer(learning_rate=3e-4, warmup_steps=2),
         train=Train(batch_pairs=8, epochs=2 if size == 'scarce' else 1, seed=seed),
-        evaluate=Evaluate(validation_pairs=16, sample_prompts=16),
+        evaluate=Evaluate(pairs=100, validation_pairs=16, sample_prompts=16),
         sample=Sample(max_new_tokens=32),
     )
 
@@ -258,8 +258,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description='Put many references on trial.')
     parser.add_argument('--output', default=OUTPUT)
     parser.add_argument('--only', default='', help='cases, separated by commas; runs them and writes no table')
+    parser.add_argument('--runs-only', action='store_true', help='write no table: another process has other seeds')
     parser.add_argument('--seeds', default='0,1,2')
-    parser.add_argument('--kl', action='store_true', help='also estimate KL divergences, of the first seed')
+    parser.add_argument('--kl', action='store_true', help='also estimate KL divergences: first seed, more pairs')
     given = parser.parse_args()
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(given.output).absolute() / 'compiled'))
     seeds = [int(seed) for seed in given.seeds.split(',')]
@@ -268,11 +269,11 @@ def main() -> int:
         for size in SIZES:
             for case in chosen:
                 run(case, size, seed, given.output)
-    if given.only:
+    if given.only or given.runs_only:
         return 0
     text = table(given.output, seeds, chosen) + '\n' + own_accuracies(given.output)
     if given.kl:
-        found = [(case, size, seeds[0]) for size in SIZES for case in chosen]
+        found = [(case, SIZES[-1], seeds[0]) for case in chosen]
         divergences(found, given.output)
         text += '\n' + kl_table(given.output, found)
     print(text)
