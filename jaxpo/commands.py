@@ -17,7 +17,7 @@ from jaxpo.evaluate import Sampled
 from jaxpo.experiment import Experiment
 from jaxpo.loading import abstract_state, load_start, load_unsaved, load_weights
 from jaxpo.models.checkpoint import write_hugging_face
-from jaxpo.models.lora import combined, merged
+from jaxpo.models.lora import merged_by_leaf
 from jaxpo.models.peft import write_adapter
 from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs
 from jaxpo.state import TrainState
@@ -135,8 +135,7 @@ def _whole(run: Run, state: TrainState):
     if not run.lora:
         return state.params
     shardings = abstract_state(run)[1].base_params
-    merge = jax.jit(merged, static_argnums=1, out_shardings=shardings)
-    return merge(combined(load_weights(run, None, shardings), state.params), run.lora)
+    return merged_by_leaf(load_weights(run, None, shardings), run.lora, state.params, shardings)
 
 
 def _newest(run: Run, pairs: Pairs) -> TrainState:
