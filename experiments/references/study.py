@@ -1,7 +1,7 @@
 """Many references on trial: DPO against each alone, multi_dpo, MRPO with every weighting, and the learned mixture.
 
     python experiments/references/domains.py && python experiments/references/pairs.py
-    python experiments/references/study.py [--output runs/many_references] [--only mrpo_arwc] [--seeds 0] [--kl --live]
+    python experiments/references/study.py [--output runs/many_references] [--only mrpo_arwc] [--seeds 0] [--kl]
 
 Every case trains the same adapter on the same pairs, 24 (scarce, twice over) or 72 (larger, once) of TruthfulQA's, in
 three splits by seed, by the loop of `jaxpo train`. The four references are SmolLM2 as it starts and what `domains.py`
@@ -206,20 +206,6 @@ def divergences(found: Sequence[tuple[Case, str, int]], output: str) -> None:
             path.write_text(json.dumps(metrics, indent=2) + '\n', encoding='utf-8')
 
 
-def seconds_live(case: Case, size: str, seed: int, output: str) -> float:
-    """Median seconds of a step of a case whose references are not read from tables, but held and run."""
-    one = experiment(case, size, seed, output)
-    references = {name: dataclasses.replace(held, table=False) for name, held in one.config.references.items()}
-    directory = pathlib.Path(f'{output}/live/{case.name}-{size}-{seed}')
-    if not (directory / 'metrics.jsonl').exists():
-        train(
-            dataclasses.replace(
-                one, config=dataclasses.replace(one.config, references=references, output=str(directory))
-            )
-        )
-    return float(np.median([line['seconds'] for line in read_metrics(directory) if 'seconds' in line]))
-
-
 def table(output: str, seeds: Sequence[int], chosen: Sequence[Case]) -> str:
     """Markdown, a row for each case and size: mean over seeds, least and largest in brackets."""
     columns = [f'accuracy by {label}' for label in YARDSTICKS.values()]
@@ -275,7 +261,6 @@ def main() -> int:
     parser.add_argument('--runs-only', action='store_true', help='write no table: another process has other seeds')
     parser.add_argument('--seeds', default='0,1,2')
     parser.add_argument('--kl', action='store_true', help='also estimate KL divergences: first seed, more pairs')
-    parser.add_argument('--live', action='store_true', help='also time a run whose references are live')
     given = parser.parse_args()
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(given.output).absolute() / 'compiled'))
     seeds = [int(seed) for seed in given.seeds.split(',')]
@@ -287,10 +272,6 @@ def main() -> int:
     if given.only or given.runs_only:
         return 0
     text = table(given.output, seeds, chosen) + '\n' + own_accuracies(given.output)
-    if given.live:
-        slow = next(case for case in cases() if case.name == 'mrpo_arwc')
-        seconds = seconds_live(slow, SIZES[-1], seeds[0], given.output)
-        text += f'\n{slow.name} with its references live: {seconds:.2f} seconds a step\n'
     if given.kl:
         found = [(case, SIZES[-1], seeds[0]) for case in chosen]
         divergences(found, given.output)
