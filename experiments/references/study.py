@@ -240,7 +240,8 @@ def measured(output: str, seeds: Sequence[int], name: str, size: str) -> list[di
 
 
 def spread(values: Sequence[float]) -> str:
-    return f'{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})'
+    mean, least, most = (round(float(value), 3) + 0.0 for value in (np.mean(values), min(values), max(values)))
+    return f'{mean:.3f} ({least:.3f} to {most:.3f})'
 
 
 def own_accuracies(output: str) -> str:
