@@ -19,6 +19,15 @@ def compiled_programs_are_freed():
     jax.clear_caches()
 
 
+@pytest.fixture(scope='module')
+def compiled_quickly():
+    """For modules of many large programs that are compared with each other: half the time goes without optimisation."""
+    jax.clear_caches()
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def registry_as_it_was():
     """Losses that a test registers are gone after it."""

@@ -20,6 +20,8 @@ from jaxpo.errors import InputError, Interrupted
 from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 STEPS = 6
 SAVED = Train(batch_pairs=6, steps=STEPS, checkpoint_every=1, keep_checkpoints=STEPS)
 UPDATES = {'hard': (2, 1.0), 'soft': (3, 0.6), 'elsewhere': (4, 0.25)}

@@ -23,6 +23,8 @@ from jaxpo.models import lora
 from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 THREE = ('initial', 'one', 'two')
 TOKENS = 32  # of a prompt with a sample of it, at most
 

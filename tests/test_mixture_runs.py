@@ -16,6 +16,8 @@ from jaxpo.data import sampler
 from jaxpo.errors import InputError, Interrupted
 from jaxpo.models.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 TWO = ('initial', 'other')
 LENGTH = 32
 

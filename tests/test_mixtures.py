@@ -19,6 +19,8 @@ from jaxpo.references import mixing, weighting
 from jaxpo.run import wanted_of
 from jaxpo.types import Pair, Sequence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CONFIG = tiny_decoders.CONFIGS['llama'] | {'num_hidden_layers': 2}
 THREE = ('initial', 'external', 'third')
 PADDED = Rows(layout='padded', lengths=(96,), microbatch=64)

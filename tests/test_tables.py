@@ -20,6 +20,8 @@ from jaxpo.models.checkpoint import load_params
 from jaxpo.models.decoder import Decoder, head_weight
 from jaxpo.models.source import open_model
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 # All that a table can hold: two sides, two companions, entropies, and a model in a role of its own.
 EVERYTHING = {
     'mixture': {'mix': 'geometric', 'other': 2.0},

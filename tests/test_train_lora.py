@@ -19,6 +19,8 @@ from jaxpo.config import Evaluate, Export, Lora, Mesh, Model, Optimizer, Referen
 from jaxpo.errors import InputError, Interrupted
 from jaxpo.models import lora, peft
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 LORA = Lora(rank=4, alpha=6.0)
 SETTINGS = {
     'lora': LORA,
