@@ -45,7 +45,8 @@ def mean_log_ratio(completion: Completion) -> jax.Array:
 
 def reference_logps(completion: Completion) -> jax.Array:
     """Log-probability of the completion under each reference, nats, `[K, B]`."""
-    return (completion.weights[None] * completion.reference_logps).sum(axis=-1)
+    weights = completion.weights[None]
+    return (weights * jnp.where(weights > 0, completion.reference_logps, 0)).sum(axis=-1)
 
 
 def mean_reference_logps(completion: Completion) -> jax.Array:

@@ -113,11 +113,6 @@ def _held(logps: jax.Array, primary: int, eps: jax.Array | float) -> jax.Array:
     return jnp.clip(logps, ((1 + eps) * middle)[None], ((1 - eps) * middle)[None])
 
 
-def sequence_logps(completion: Completion) -> jax.Array:
-    """Log-probabilities of whole completions under each reference, `[K, B]`, nats."""
-    return _sums(completion, completion.reference_logps)
-
-
 def differences(completion: Completion, weights: jax.Array) -> jax.Array:
     """Log-probabilities of whole completions less that under the pair's reference of most weight, `[K, B]`, nats.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxpo.config import Scalar
 from jaxpo.errors import InputError, unknown
+from jaxpo.losses import scores
 from jaxpo.losses.registry import Range, check_number
 from jaxpo.references import mixing, weighting
 from jaxpo.references.weighting_registry import named
@@ -207,7 +208,7 @@ def combine(
 
 def _shifts(mixture, numbers, chosen: Completion, rejected: Completion) -> tuple[jax.Array, jax.Array]:
     """By how much the clip moves each reference's log-probability of either completion, `[K, B]`, nats."""
-    logps = [mixing.sequence_logps(side) for side in (chosen, rejected)]
+    logps = [scores.reference_logps(side) for side in (chosen, rejected)]
     if mixture.clip == 'none':
         return tuple(map(jnp.zeros_like, logps))
     clipped = mixing.clipped(*logps, mixture.primary, numbers['eps'], mixture.clip == 'adaptive')

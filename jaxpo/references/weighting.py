@@ -9,8 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxpo.losses import scores
 from jaxpo.references import weighting_online as weighting_online
-from jaxpo.references.weighting_parts import both_there, confidence_in, for_all, means_by_token, normalised
+from jaxpo.references.weighting_parts import both_there, confidence_in, for_all, normalised
 from jaxpo.references.weighting_registry import WEIGHTINGS as WEIGHTINGS
 from jaxpo.references.weighting_registry import Weighting as Weighting
 from jaxpo.references.weighting_registry import find as find
@@ -74,7 +75,7 @@ def vdw(chosen: Completion, rejected: Completion, *, state):
 
 def _observed_accuracy(chosen: Completion, rejected: Completion):
     """1 where the reference prefers chosen by token, 1/2 at a tie, else 0, also where a side is missing; `[K, B]`."""
-    order = jnp.sign(means_by_token(chosen) - means_by_token(rejected))
+    order = jnp.sign(scores.mean_reference_logps(chosen) - scores.mean_reference_logps(rejected))
     return jnp.where(both_there(chosen, rejected), (order + 1) / 2, 0)
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.losses import scores
-from jaxpo.references.mixing import sequence_logps
 from jaxpo.types import Completion
 
 
@@ -29,14 +28,7 @@ def one_hot(values: jax.Array, primary: int) -> jax.Array:
     return jax.nn.one_hot(place, values.shape[0], dtype=values.dtype)
 
 
-def means_by_token(completion: Completion) -> jax.Array:
-    """Log-probability per token of the reference's own tokenizer, `[K, B]`, nats."""
-    lengths = completion.reference_lengths
-    lengths = scores.length(completion)[None] if lengths is None else jnp.maximum(lengths, 1)
-    return sequence_logps(completion) / lengths
-
-
-_CONFIDENCES = {'sum': sequence_logps, 'mean': means_by_token}
+_CONFIDENCES = {'sum': scores.reference_logps, 'mean': scores.mean_reference_logps}
 
 
 def both_there(chosen: Completion, rejected: Completion) -> jax.Array:

@@ -232,7 +232,7 @@ def test_padding_has_no_say_and_stays_0():
     side, weights, _, mixed = mixed_side()
     noise = jnp.asarray(np.random.default_rng(2).normal(-300, 9, side.reference_logps.shape))
     noisy = side.replace(reference_logps=jnp.where(side.weights[None] > 0, side.reference_logps, noise))
-    np.testing.assert_array_equal(mixing.sequence_logps(noisy), mixing.sequence_logps(side))
+    np.testing.assert_array_equal(scores.reference_logps(noisy), scores.reference_logps(side))
     np.testing.assert_array_equal(mixed_by('harmonic', noisy, weights).reference_logps, mixed.reference_logps)
     assert (mixed.reference_logps[0] == 0)[side.weights == 0].all()
 
@@ -331,7 +331,7 @@ def test_references_are_constants_to_the_gradient():
     def total(logps):
         many = side.replace(reference_logps=logps)
         one = mixed_by('harmonic', many, weights)
-        return one.reference_logps.sum() + mixing.moved(many, mixing.sequence_logps(many)).reference_logps.sum()
+        return one.reference_logps.sum() + mixing.moved(many, scores.reference_logps(many)).reference_logps.sum()
 
     np.testing.assert_array_equal(jax.grad(total)(side.reference_logps), jnp.zeros((3, 4, 7)))
 
