@@ -16,7 +16,9 @@ from jaxpo.errors import InputError
 from jaxpo.evaluate import Sampled
 from jaxpo.experiment import Experiment
 from jaxpo.loading import abstract_state, load_start, load_unsaved, load_weights
+from jaxpo.models import families
 from jaxpo.models.checkpoint import write_hugging_face
+from jaxpo.models.leaves import without_padding
 from jaxpo.models.lora import merged_by_leaf
 from jaxpo.models.peft import write_adapter
 from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs
@@ -132,10 +134,11 @@ def _export_dtype(run: Run) -> str:
 
 def _whole(run: Run, state: TrainState):
     """The policy's float32 weights, its adapter merged in: into those of the source, not a copy in fewer bits."""
-    if not run.lora:
-        return state.params
-    shardings = abstract_state(run)[1].base_params
-    return merged_by_leaf(load_weights(run, None, shardings), run.lora, state.params, shardings)
+    params = state.params
+    if run.lora:
+        shardings = abstract_state(run)[1].base_params
+        params = merged_by_leaf(load_weights(run, None, shardings), run.lora, state.params, shardings)
+    return without_padding(families.keys(run.pretrained.architecture), params)
 
 
 def _newest(run: Run, pairs: Pairs) -> TrainState:

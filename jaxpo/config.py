@@ -25,6 +25,12 @@ class Model:
     """Compute dtype of the policy and the references. Master weights and log-probabilities are float32 always."""
     remat: Literal['none', 'dots', 'full'] = 'full'
     """What the backward pass recomputes: nothing, all but matrix products, or each layer whole (least memory)."""
+    attention: Literal['auto', 'xla', 'splash', 'cudnn', 'tokamax'] = 'auto'
+    """Attention kernel. `auto`: splash on a TPU where it can do what the model and the rows ask for, else xla, which
+    runs everywhere and takes memory by the square of a row's length. One that cannot is refused."""
+    vocabulary_multiple: int = 1
+    """Embedding and head get rows of zeros, masked out of every sum, until their number is a multiple of this: what
+    `mesh.tensor` must divide."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +121,12 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
+    kind: Literal['adamw', 'adafactor'] = 'adamw'
+    """Adafactor keeps a row and a column in place of AdamW's second moment of each matrix, and no first moment."""
+    moment_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    """Dtype of AdamW's first moment."""
     learning_rate: float = 1e-6
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     schedule: Literal['constant', 'linear', 'cosine'] = 'linear'
     """Decay after warm-up, to `final_learning_rate_ratio` of the peak at the last step."""
     final_learning_rate_ratio: float = 0.0
@@ -138,10 +148,31 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
+    replica: int = 1
+    """Slices of a pod (or other groups of devices) over which rows are split and parameters copied: the one axis whose
+    traffic may leave a slice. A multiple of their number where there are several slices."""
     data: int = -1
-    """Devices over which rows are split and parameters copied; -1 takes all that remain."""
+    """Devices of a replica over which rows are split and parameters copied; -1 takes all that remain."""
     fsdp: int = 1
-    """Devices over which rows, parameters and optimizer state are split."""
+    """Devices over which rows, parameters and optimizer state are split, these by width."""
+    tensor: int = 1
+    """Devices over which heads, hidden units of the MLP and the vocabulary are split, and every row is shared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    platform: Literal['any', 'cpu', 'gpu', 'tpu'] = 'any'
+    """Refuse to run on anything else; `any` takes what JAX finds."""
+    coordinator: str | None = None
+    """`HOST:PORT` of process 0, where neither a TPU's metadata nor SLURM tells; with `count` and `index`."""
+    count: int | None = None
+    """Number of processes."""
+    index: int | None = None
+    """This process, from 0."""
+    start_seconds: int = 300
+    """How long to wait for all processes to arrive."""
+    heartbeat_seconds: int = 100
+    """After how long a silent process counts as dead, and ends the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +262,7 @@ class Config:
     rows: Rows = Rows()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
+    processes: Processes = Processes()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     sample: Sample = Sample()

@@ -75,5 +75,6 @@ def to_json(config: Config) -> str:
 
 
 def computed(config: dict) -> dict:
-    """Of a config as a dict, what decides its results: not where they go, nor on which mesh, nor sampling or export."""
-    return {name: value for name, value in config.items() if name not in ('output', 'mesh', 'sample', 'export')}
+    """Of a config as a dict, what decides its results: not where they go, nor on which devices, sampling or export."""
+    aside = ('output', 'mesh', 'processes', 'sample', 'export')
+    return {name: value for name, value in config.items() if name not in aside}

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpo.errors import InputError, unknown
+from jaxpo.sharding import ROW_AXES
 from jaxpo.types import TokenStatistics
 
 SLAB = 4096  # vocabulary entries at a time
-ROW_AXES = ('data', 'fsdp')
 DIVERGENCES = ('forward_kl', 'reverse_kl')
 STATISTICS = (*DIVERGENCES, 'entropy', 'log_sum_squares', 'mean_logit')
 
-_ROWS, _MODEL = P(ROW_AXES), (P(ROW_AXES), P(None, 'fsdp'))  # how rows, and a (hidden, head), lie on a mesh
+_ROWS, _MODEL = P(ROW_AXES), (P(ROW_AXES), P('tensor', 'fsdp'))  # how rows, and a (hidden, head), lie on a mesh
 
 
 class Reference(NamedTuple):
@@ -258,7 +258,7 @@ def _walk_backward(plan, model, reference, targets, values, normalisers, cotange
     nothing = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
     hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], plan.slab)
     if plan.mesh is not None:
-        head_gradient = lax.psum(head_gradient, 'data')
+        head_gradient = lax.psum(head_gradient, ('replica', 'data'))
     return hidden_gradient.astype(dtype).reshape(shape), head_gradient.astype(head.dtype)
 
 

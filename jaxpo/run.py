@@ -19,6 +19,7 @@ from jaxpo.data.columns import Wanted
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
 from jaxpo.models import lora
+from jaxpo.models.architecture import padded
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.lora import Lora
 from jaxpo.models.peft import open_adapter
@@ -107,8 +108,8 @@ class Run:
 
     @property
     def row_multiple(self) -> int:
-        """Devices that rows are split over."""
-        return self.mesh.size
+        """Shares that rows are split into."""
+        return sharding.row_multiple(self.mesh)
 
     def _frozen_model(self, name: str) -> FrozenModel:
         reference, follows = self.config.references[name], name in self.averages
@@ -141,8 +142,11 @@ class Pairs:
     rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)  # `Pair.row` counts these
 
 
-def prepare(experiment: Experiment) -> Run:
-    """Checks settings, objective, mesh and models, in that order. InputError before anything expensive."""
+def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Checks settings, objective, mesh and models, in that order. InputError before anything expensive.
+
+    `devices` are those to run on; None takes all there are.
+    """
     settings = experiment.config
     check_settings(settings)
     objective = objectives.make(settings.objective, tuple(settings.references))
@@ -150,15 +154,15 @@ def prepare(experiment: Experiment) -> Run:
     if settings.model.dtype == 'float32':
         # Accelerators would otherwise round the factors of float32 products to fewer bits.
         jax.config.update('jax_default_matmul_precision', 'highest')
-    mesh = sharding.make_mesh(settings.mesh)
-    rows.check_rows(settings.rows, mesh.size)
+    mesh = sharding.make_mesh(settings.mesh, devices)
+    rows.check_rows(settings.rows, sharding.row_multiple(mesh))
     adapter = lora.of(settings.lora)
-    pretrained = open_model(settings.model.source, settings.model.revision, settings.model.tokenizer)
+    pretrained = _opened(settings, mesh, 'model', settings.model)
     tokenizer = pretrained.load_tokenizer()
     references, tokenizers = {}, {}
     for name, reference in settings.references.items():
         if reference.source != 'policy':
-            references[name] = open_model(reference.source, reference.revision, reference.tokenizer)
+            references[name] = _opened(settings, mesh, f'references.{name}', reference)
             _check_reference(name, reference, references[name], pretrained)
             own = references[name].load_tokenizer()
             if own.get_vocab() != tokenizer.get_vocab():
@@ -172,6 +176,19 @@ def prepare(experiment: Experiment) -> Run:
         if directory is not None:
             open_adapter(directory, pretrained.architecture if name is None else run.pretrained_of(name).architecture)
     return run
+
+
+def _opened(settings: config.Config, mesh: Mesh, name: str, wanted: config.Model | config.Reference) -> Pretrained:
+    """A model as this run holds it: its vocabulary padded as asked. InputError where the mesh does not divide it."""
+    opened = open_model(wanted.source, wanted.revision, wanted.tokenizer)
+    architecture = padded(opened.architecture, settings.model.vocabulary_multiple)
+    for what in ('heads', 'key_value_heads'):
+        number = getattr(architecture, what)
+        if number % mesh.shape['tensor']:
+            raise InputError(
+                f'mesh.tensor {mesh.shape["tensor"]}: {name} has {number} {what}, which do not divide over it.'
+            )
+    return dataclasses.replace(opened, architecture=architecture)
 
 
 def _check_reference(name: str, reference: config.Reference, opened: Pretrained, policy: Pretrained) -> None:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jaxpo.errors import InputError
 from jaxpo.models.cache import Cache, empty_cache
 from jaxpo.models.decoder import Decoder, head_weight
-from jaxpo.sharding import ROWS, put
+from jaxpo.sharding import ROWS, put, row_multiple
 
 _LEAST_SLOTS = 16
 _OPEN = -1  # in place of an end token: the row has not ended
@@ -74,7 +74,7 @@ def generate(
         top_p=np.float32(top_p),
         seed=np.uint32(seed),
     )
-    devices = 1 if mesh is None else mesh.size
+    devices = 1 if mesh is None else row_multiple(mesh)
     row_count = -(-batch_size // devices) * devices
     done: dict[tuple[int, int], Generated] = {}
     for start in range(0, len(jobs), batch_size):
@@ -264,6 +264,7 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
 def _logits(decoder: Decoder, head: jax.Array, hidden: jax.Array) -> jax.Array:
     """Float32 logits [B, V] of hidden states [B, D]."""
     logits = jnp.einsum('bd,vd->bv', hidden, head, preferred_element_type=jnp.float32)
+    logits = logits[:, : decoder.architecture.vocabulary]  # its padding is no token
     cap = decoder.architecture.final_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 

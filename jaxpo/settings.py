@@ -21,6 +21,7 @@ def check_settings(settings: config.Config) -> None:
         'sample.completions': settings.sample.completions,
         'sample.max_new_tokens': settings.sample.max_new_tokens,
         'sample.batch': settings.sample.batch,
+        'model.vocabulary_multiple': settings.model.vocabulary_multiple,
         'optimizer.learning_rate': settings.optimizer.learning_rate,
         'optimizer.clip_norm': settings.optimizer.clip_norm,
         **{f'references.{name}.update_every': r.update_every for name, r in settings.references.items()},

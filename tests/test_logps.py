@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+import tiny_meshes
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpo import sharding
 from jaxpo.errors import InputError
 from jaxpo.logps import STATISTICS, Reference, token_statistics
 
@@ -64,9 +66,9 @@ def test_equals_float64_oracle(vocabulary, slab, softcap):
 
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_sharded_equals_oracle(shape):
-    mesh = jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(*shape)
     hidden, head, targets, cotangent = inputs(37)
-    rows = NamedSharding(mesh, P(('data', 'fsdp')))
+    rows = NamedSharding(mesh, sharding.ROWS)
     placed = (
         jax.device_put(hidden, rows),
         jax.device_put(head, NamedSharding(mesh, P(None, 'fsdp'))),
@@ -201,10 +203,10 @@ def test_one_statistic_is_computed_alone(name):
     ],
 )
 def test_sharded_statistics_equal_the_whole_vocabulary(shape, names):
-    mesh = jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(*shape)
     hidden, head, targets, _ = inputs(37)
     reference, cotangents = reference_of(37, 2.0), cotangents_of(names)
-    rows, split = NamedSharding(mesh, P(('data', 'fsdp'))), NamedSharding(mesh, P(None, 'fsdp'))
+    rows, split = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P(None, 'fsdp'))
     placed = Reference(jax.device_put(reference.hidden, rows), jax.device_put(reference.head, split), 2.0)
     arrays = (jax.device_put(hidden, rows), jax.device_put(head, split), jax.device_put(targets, rows))
     ours = our_values_and_gradients(*arrays, placed, cotangents, softcap=3.0, slab=8, mesh=mesh)
@@ -218,7 +220,7 @@ def test_sharded_statistics_equal_the_whole_vocabulary(shape, names):
 )
 def test_a_model_diverges_from_itself_by_exactly_nothing(shape, slab, dtype, softcap, names):
     """No rounding in the value, and none in the gradient, whatever the slabs, at large and at small logits."""
-    mesh = None if shape is None else jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = None if shape is None else tiny_meshes.mesh(*shape)
     hidden, head, targets, _ = inputs(1031)
     hidden = jnp.asarray(hidden * np.array([1e-3, 1, 30, 1e3] * 2, np.float32).reshape(8, 1, 1), dtype)
     ours = our_values_and_gradients(

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 import tiny_decoders
-from jax.sharding import AxisType, NamedSharding
+import tiny_meshes
+from jax.sharding import NamedSharding
 
 from jaxpo import losses, objective, scoring, sharding, state, step
 from jaxpo.config import Rows
@@ -155,7 +156,7 @@ def test_packed_and_accumulated_equal_whole(which, layout, microbatch):
 
 @pytest.mark.parametrize('which', ['together', 'coupled'])
 def test_sharded_equals_whole(which):
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(2, 4)
     assert_same(one_step(which_spec(which), Rows(layout='padded', lengths=(96,), microbatch=8), mesh), whole(which))
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 import tiny_decoders
-from jax.sharding import AxisType, NamedSharding
+import tiny_meshes
+from jax.sharding import NamedSharding
 
 from jaxpo import objective, scoring, sharding, state, step
 from jaxpo.config import Rows
@@ -128,7 +129,7 @@ def test_the_fixture_has_something_to_say(which):
 
 @pytest.mark.parametrize('which', SPECS)
 def test_packed_accumulated_and_sharded_equals_whole(which):
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(2, 4)
     rows = Rows(layout='packed', lengths=(96,), microbatch=8, pairs_per_row=2)
     microbatches, count = batch_of(objective.make(SPECS[which], THREE), 0, rows, mesh).tokens.shape[:2]
     assert microbatches > 1 and count == 8

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 import tiny_decoders
-from jax.sharding import AxisType, NamedSharding
+import tiny_meshes
+from jax.sharding import NamedSharding
 
 from jaxpo import objective, scoring, sharding, state, step
 from jaxpo.config import Optimizer, Rows
@@ -115,13 +116,13 @@ def test_remat_changes_nothing(remat):
 @pytest.mark.parametrize('shape', [(8, 1), (2, 4), (1, 8)])
 @pytest.mark.parametrize('layout, microbatch', [('padded', 8), ('shared', 8)])
 def test_sharded_equals_whole(shape, layout, microbatch):
-    mesh = jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(*shape)
     rows = Rows(layout=layout, lengths=(64,), microbatch=microbatch)
     assert_same(one_step(rows, mesh=mesh, row_multiple=8), padded())
 
 
 def test_sharded_and_accumulated_equals_whole():
-    mesh = jax.make_mesh((4, 2), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(4, 2)
     pairs = pairs_of(3, 20)
     rows = Rows(layout='padded', lengths=(64,), microbatch=8)
     assert_same(one_step(rows, mesh=mesh, pairs=pairs, row_multiple=8), one_step(pairs=pairs))
@@ -156,7 +157,7 @@ def test_tied_head_gets_both_of_its_gradients():
 
 @pytest.mark.parametrize('shape', [None, (8, 1), (2, 4)])
 def test_policy_equal_to_reference_is_exactly_so(shape):
-    mesh = None if shape is None else jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = None if shape is None else tiny_meshes.mesh(*shape)
     start = first_state(reference_seed=0, optimizer=optax.identity(), mesh=mesh)
     rows = Rows(layout='shared', lengths=(64,), microbatch=8)
     metrics, gradient, _ = one_step(rows, mesh=mesh, row_multiple=8, start=start)
@@ -194,7 +195,7 @@ def test_a_new_beta_or_learning_rate_compiles_nothing():
 
 
 def test_a_mesh_keeps_its_shardings_and_compiles_once():
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(2, 4)
     made = objective.make(SPEC, REFERENCES)
     optimizer = state.make_optimizer(Optimizer())
     current = first_state(optimizer=optimizer, mesh=mesh)

@@ -51,6 +51,12 @@ class Architecture:
     post_norms: bool  # RMSNorm of each block's output, besides that of its input
     norm_offset: float  # norms multiply by offset + weight: Gemma stores w and uses 1 + w
     tied: bool  # the head is the embedding
+    padding: int = 0  # rows of zeros behind the embedding's and the head's V: no token's, and masked out of every sum
+
+
+def padded(architecture: Architecture, multiple: int) -> Architecture:
+    """The architecture with rows of zeros behind its vocabulary, so that `multiple` divides them all."""
+    return dataclasses.replace(architecture, padding=-architecture.vocabulary % multiple)
 
 
 def from_hugging_face(config: dict[str, Any]) -> Architecture:

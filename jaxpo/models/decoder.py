@@ -37,6 +37,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _normal = nn.initializers.normal(0.02)
 
 
+def _normal_and_zeros(key: jax.Array, shape: tuple[int, int], padding: int) -> jax.Array:
+    return jnp.concatenate([_normal(key, shape), jnp.zeros((padding, shape[1]))])
+
+
 class View(NamedTuple):
     """Where the call's T tokens may look among S others."""
 
@@ -85,9 +89,10 @@ class Decoder(nn.Module):
         """
         architecture = self.architecture
         shape = (architecture.vocabulary, architecture.width)
-        embedding = self.param('embedding', _normal, shape)
+        embedding = self.param('embedding', _normal_and_zeros, shape, architecture.padding)
         if not architecture.tied:
-            self.param('head', _normal, shape)  # applied elsewhere, but made and checked with the rest
+            # Applied elsewhere, but made and checked with the rest.
+            self.param('head', _normal_and_zeros, shape, architecture.padding)
         hidden = _pin(jnp.take(embedding, tokens, axis=0).astype(self.dtype), _looked_up(self.rows))
         hidden = _pin(hidden * jnp.asarray(architecture.embedding_scale, self.dtype), self.rows)
         keep_means(self, 'residual', hidden)
@@ -127,7 +132,8 @@ class Layer(nn.Module):
             views = tuple(view._replace(mask=view.mask & (view.distance < window)) for view in surroundings.views)
             surroundings = surroundings._replace(views=views)
         normed = _norm(self, 'attention_norm', hidden)
-        update, new = Attention(self.architecture, self.dtype, self.lora, name='attention')(normed, past, surroundings)
+        attention = Attention(self.architecture, self.dtype, self.rows, self.lora, name='attention')
+        update, new = attention(normed, past, surroundings)
         if self.architecture.post_norms:
             update = _norm(self, 'attention_post_norm', update)
         keep_means(self, 'residual', hidden, normed, update, hidden + update)
@@ -147,6 +153,7 @@ class Attention(nn.Module):
 
     architecture: Architecture
     dtype: Any
+    rows: jax.sharding.NamedSharding | None
     lora: Lora | None
 
     @nn.compact
@@ -162,6 +169,7 @@ class Attention(nn.Module):
         if architecture.query_key_norm:
             query = _norm(self, 'query_norm', query)
             key = _norm(self, 'key_norm', key)
+        query, key, value = (_pin(heads, _by_heads(self.rows)) for heads in (query, key, value))
         query = rotate(query, surroundings.cosine, surroundings.sine)
         key = rotate(key, surroundings.cosine, surroundings.sine)
         new = (key, value)
@@ -223,6 +231,13 @@ def _looked_up(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSha
         return None
     *others, width = rows.spec[0]
     return jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec(tuple(others), None, width))
+
+
+def _by_heads(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
+    """How `[R, T, H, Dh]` lies: as rows do, its heads over the devices that share a row."""
+    if rows is None:
+        return None
+    return jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec(rows.spec[0], None, 'tensor', None))
 
 
 def _norm(module: nn.Module, name: str, values: jax.Array) -> jax.Array:

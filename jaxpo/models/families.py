@@ -22,11 +22,13 @@ class Key:
     shape: tuple[int, ...]
     layers: int | None = None  # None: a single tensor, not stacked
     transposed: bool = False
+    padding: int = 0  # rows of zeros behind those of the checkpoint
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
         """Shape of our leaf."""
         shape = self.shape[::-1] if self.transposed else self.shape
+        shape = (shape[0] + self.padding, *shape[1:])
         return shape if self.layers is None else (self.layers, *shape)
 
     @property
@@ -38,14 +40,15 @@ class Key:
 def keys(architecture: Architecture) -> tuple[Key, ...]:
     """Every leaf of a model of this architecture: the layers' leaves last."""
     vocabulary, width, hidden = architecture.vocabulary, architecture.width, architecture.hidden
+    padding = architecture.padding
     query = architecture.heads * architecture.head_dim
     key = architecture.key_value_heads * architecture.head_dim
     single = [
-        Key(('embedding',), 'model.embed_tokens.weight', (vocabulary, width)),
+        Key(('embedding',), 'model.embed_tokens.weight', (vocabulary, width), padding=padding),
         Key(('final_norm',), 'model.norm.weight', (width,)),
     ]
     if not architecture.tied:
-        single.append(Key(('head',), 'lm_head.weight', (vocabulary, width)))
+        single.append(Key(('head',), 'lm_head.weight', (vocabulary, width), padding=padding))
     kernels = {
         ('attention', 'query'): ('self_attn.q_proj.weight', (query, width)),
         ('attention', 'key'): ('self_attn.k_proj.weight', (key, width)),

@@ -1,5 +1,6 @@
 """One leaf of a parameter tree in and out: from the tensors of a checkpoint to its sharding, and back to a host."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,7 +33,14 @@ def load(key: Key, tensors: Tensors, sharding: jax.sharding.Sharding) -> jax.Arr
 
 
 def read(key: Key, tensors: Tensors, index: tuple[slice, ...]) -> np.ndarray:
-    """float32 values of a slice of our leaf."""
+    """float32 values of a slice of our leaf; its padding is 0."""
+    if key.padding:
+        rows = range(key.leaf_shape[0])[index[0]]
+        stored = range(rows.start, max(rows.start, min(rows.stop, key.leaf_shape[0] - key.padding)))
+        plain = dataclasses.replace(key, padding=0)
+        values = read(plain, tensors, (slice(stored.start, stored.stop), *index[1:])) if stored else None
+        blank = np.zeros((len(rows) - len(stored), len(range(key.leaf_shape[1])[index[1]])), np.float32)
+        return blank if values is None else np.concatenate([values, blank])
     ranges = [range(size)[part] for size, part in zip(key.leaf_shape, index, strict=True)]
     inner = tuple(slice(part.start, part.stop) for part in (ranges if key.layers is None else ranges[1:]))
     names = key.names if key.layers is None else [key.names[layer] for layer in ranges[0]]
@@ -53,6 +61,16 @@ def check(keys: Iterable[Key], params: Mapping[str, Any]) -> None:
             raise InputError(f'The parameter {"/".join(key.path)} has shape {shape}; the config says {key.leaf_shape}.')
     if len(jax.tree.leaves(params)) != len(keys):
         raise InputError('The parameters have leaves that the config knows nothing of.')
+
+
+def without_padding(keys: Iterable[Key], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as a checkpoint has them: the rows of zeros behind vocabularies are gone."""
+    params = {**params}
+    for key in keys:
+        if key.padding:
+            (name,) = key.path
+            params[name] = params[name][: key.shape[0]]
+    return params
 
 
 def fetch(key: Key, layer: int, params: Mapping[str, Any], dtype: str) -> np.ndarray:

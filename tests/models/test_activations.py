@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_meshes
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_decoders import CONFIGS, loud_params, tokens_of
 
+from jaxpo import sharding
 from jaxpo.models.activations import apply_collecting
 from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
@@ -174,8 +176,8 @@ def test_means_of_bfloat16_activations_are_float32():
 @pytest.mark.parametrize('name', ['llama', 'gemma2'])
 def test_a_mesh_changes_nothing_collected_and_keeps_rows_apart(name):
     config, params = CONFIGS[name], loud_params(CONFIGS[name])
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
-    rows = NamedSharding(mesh, P(('data', 'fsdp')))
+    mesh = tiny_meshes.mesh(2, 4)
+    rows = NamedSharding(mesh, sharding.ROWS)
     whole = collected(Decoder(from_hugging_face(config)), BOTH, params, *rows_of(config))
     split = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, by_width(leaf))), params)
     arrays = jax.device_put(rows_of(config), rows)

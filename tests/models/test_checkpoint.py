@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_meshes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_checkpoints import (
@@ -63,7 +64,7 @@ def test_leaves_hold_the_named_tensors_transposed_and_stacked(tmp_path):
 @pytest.mark.parametrize('spec', [P(), P('fsdp'), P(None, 'fsdp'), P(None, None, 'fsdp'), P(None, 'data', 'fsdp')])
 def test_each_device_gets_its_slice_and_nothing_is_read_twice(tmp_path, spec):
     pretrained = open_model(str(write_directory(tmp_path / 'model', {**CONFIGS['llama'], 'num_hidden_layers': 4})))
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'))
+    mesh = tiny_meshes.mesh(2, 4)
 
     def sharding(key):
         fits = all(name is None or size % mesh.shape[name] == 0 for name, size in zip(spec, key.leaf_shape))

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+import tiny_meshes
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_decoders import CONFIGS, loud_params, tokens_of
 
@@ -15,6 +16,7 @@ from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.attention import visible
 from jaxpo.models.cache import empty_cache
 from jaxpo.models.decoder import Decoder, abstract_params, head_weight, init_params
+from jaxpo.sharding import ROWS
 
 # Together: rotary scaling, a window everywhere or in some layers, normed queries, biases, post-norms, soft-caps.
 FAMILIES = ('llama3', 'qwen3-windowed', 'gemma2')
@@ -138,8 +140,8 @@ def test_a_mesh_splits_the_work_and_changes_nothing():
     params = loud_params(CONFIGS[name])
     place = row((tokens_of(CONFIGS[name], 11), 0, 1, 0), length=16) + np.zeros((1, 8, 1), np.int32)
     place[0] = tokens_of(CONFIGS[name], 8, 16)
-    mesh = jax.make_mesh((2, 4), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
-    rows = NamedSharding(mesh, P(('data', 'fsdp')))
+    mesh = tiny_meshes.mesh(2, 4)
+    rows = NamedSharding(mesh, ROWS)
 
     def step(decoder):
         return jax.jit(jax.value_and_grad(lambda p, *x: jnp.mean(decoder.apply({'params': p}, *x) ** 2)))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_meshes
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_decoders import CONFIGS, loud_params, tokens_of
 
@@ -229,7 +230,7 @@ def test_activations_are_those_of_the_merged_model():
 def test_a_mesh_splits_the_factors_by_width_and_changes_nothing():
     name, both = 'qwen3', loud_pair('qwen3')
     place = plain_rows(name, 8, 16)
-    mesh = jax.make_mesh((1, 8), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(1, 8)
     shardings = sharding.parameter_shardings(both, mesh)
     for target, block in lora.BLOCKS.items():
         a, b = (shardings['layers'][block][f'{target}_lora_{factor}'].spec for factor in 'ab')

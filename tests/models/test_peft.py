@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny_meshes
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType
 from tiny_adapters import MODULES, peft_config, peft_tensors, write_peft
 from tiny_checkpoints import hugging_face_tensors, on_one_device, raw_tensors, write_directory
 from tiny_decoders import CONFIGS, loud_params, tokens_of
@@ -285,7 +285,7 @@ def test_a_model_is_read_with_its_adapter_merged(tmp_path, dtype):
             expected = tensors[f'model.layers.{layer}.{module}.weight'].astype(np.float64) + 1.5 * b @ a
             np.testing.assert_allclose(params['layers'][block][name][layer], expected.T, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(params['layers']['mlp']['up'], plain['layers']['mlp']['up'])
-    mesh = jax.make_mesh((1, 8), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+    mesh = tiny_meshes.mesh(1, 8)
     shardings = sharding.parameter_shardings(abstract_params(architecture), mesh)
     split = load_params(source, shardings, adapter=directory)
     assert jax.tree.map(lambda leaf: leaf.sharding, split) == shardings
