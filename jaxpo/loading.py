@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpo import objective as objectives
-from jaxpo import sharding, state
+from jaxpo import sharding, state, step
 from jaxpo.models import lora
 from jaxpo.models.checkpoint import load_params
 from jaxpo.models.decoder import abstract_params
@@ -38,6 +38,15 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
     shardings = shardings.replace(reference_params={**shardings.reference_params, **in_host})
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return placed, shardings
+
+
+def jitted_train_step(run: Run):
+    """The run's train step, as it is compiled: the state is donated and keeps its shardings, metrics are everywhere."""
+    return jax.jit(
+        step.make_train_step(run.models, run.objective, run.optimizer, run.averages),
+        donate_argnums=0,
+        out_shardings=(abstract_state(run)[1], sharding.replicated(run.mesh)),
+    )
 
 
 def _abstract_reference(run: Run, name: str):

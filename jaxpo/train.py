@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxpo import evaluate, provenance, report, sharding, step, tabulate, weighing
+from jaxpo import evaluate, provenance, report, tabulate, weighing
 from jaxpo.checkpoint import check_room, open_checkpoints
 from jaxpo.console import console, progress
 from jaxpo.data import audit
 from jaxpo.data.rows import lengths_of, row_tokens
 from jaxpo.errors import Interrupted, TrainingError
 from jaxpo.experiment import Experiment
-from jaxpo.loading import abstract_state, load_state, load_unsaved
+from jaxpo.loading import abstract_state, jitted_train_step, load_state, load_unsaved
 from jaxpo.metrics import flatten, open_metrics
 from jaxpo.run import Pairs, Run, Schedule, make_batch, prepare, read_pairs
 from jaxpo.state import TrainState, learning_rates
@@ -71,11 +71,7 @@ def _resume(run: Run, checkpoints, done: int) -> TrainState:
 
 
 def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, log, evaluator) -> TrainState:
-    train_step = jax.jit(
-        step.make_train_step(run.models, run.objective, run.optimizer, run.averages),
-        donate_argnums=0,
-        out_shardings=(abstract_state(run)[1], sharding.replicated(run.mesh)),
-    )
+    train_step = jitted_train_step(run)
     rates = learning_rates(run.config.optimizer, schedule.steps)
     settings = run.config.train
     judge = weighing.make_judge(run, pairs.validation)
