@@ -24,6 +24,7 @@ def check_settings(settings: config.Config) -> None:
         'model.vocabulary_multiple': settings.model.vocabulary_multiple,
         'optimizer.learning_rate': settings.optimizer.learning_rate,
         'optimizer.clip_norm': settings.optimizer.clip_norm,
+        'optimizer.epsilon': settings.optimizer.epsilon,
         **{f'references.{name}.update_every': r.update_every for name, r in settings.references.items()},
     }
     for name, value in positive.items():
@@ -51,7 +52,19 @@ def check_settings(settings: config.Config) -> None:
         raise InputError('model.source is empty: name a model.')
     if settings.evaluate.sample_prompts and not settings.data.evaluation:
         raise InputError('evaluate.sample_prompts samples held-out prompts, but data.evaluation names none.')
-    if settings.optimizer.schedule == 'constant' and settings.optimizer.final_learning_rate_ratio:
+    _check_optimizer(settings.optimizer)
+
+
+def _check_optimizer(settings: config.Optimizer) -> None:
+    """InputError for moments that cannot be, and settings that the kind or the schedule does not read."""
+    for name in ('beta1', 'beta2'):
+        if not 0 <= getattr(settings, name) < 1:
+            raise InputError(f'optimizer.{name} must be 0 or more and below 1, not {getattr(settings, name)!r}.')
+    if settings.kind == 'adafactor':
+        for name in ('moment_dtype', 'beta1', 'beta2', 'epsilon'):
+            if getattr(settings, name) != getattr(config.Optimizer, name):
+                raise InputError(f"optimizer.{name} has no effect: it is AdamW's, and optimizer.kind is adafactor.")
+    if settings.schedule == 'constant' and settings.final_learning_rate_ratio:
         raise InputError('optimizer.final_learning_rate_ratio has no effect with the schedule constant.')
 
 

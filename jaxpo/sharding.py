@@ -19,9 +19,10 @@ ROWS = P(ROW_AXES)
 MICROBATCHES = P(None, ROW_AXES)
 
 # The width D of every matrix is split over `fsdp`; heads, hidden units and the vocabulary over `tensor`; L (layers)
-# leads the stacked ones. Optimizer moments carry the same path as the parameter they belong to, so the same rules hold
-# for them. The first match counts.
+# leads the stacked ones. Adam's moments carry the path and shape of the parameter they belong to, so the same rules
+# hold for them; Adafactor's carry its path alone. The first match counts.
 PARAMETER_RULES = (
+    (r'^opt_state/.*/v(_row|_col)?/', P()),  # a row and a column of each matrix, or a vector: small
     (r'(^|/)method(_state|_params)?/', P()),  # small, and not the decoder's
     (r'layers/attention/(query|key|value)$', P(None, 'fsdp', 'tensor')),
     (r'layers/attention/(query|key|value)_bias$', P(None, 'tensor')),

@@ -48,28 +48,60 @@ class TrainState:
 
 
 def make_optimizer(settings: config.Optimizer) -> optax.GradientTransformation:
-    """AdamW of `TrainState.trained` up to the learning rates, which the step applies: traced, new ones compile nothing.
+    """The update of `TrainState.trained` up to the learning rates, which the step applies: traced, new ones compile
+    nothing.
 
-    Policy and method parts are clipped each by their own norm, and decay each by their own rate.
+    Policy and method parts are clipped each by their own norm, and decay each by their own rate; both are AdamW's or
+    both Adafactor's. The learning rate is the size of a step in either: an update of Adafactor has, by matrix or
+    vector, a root mean square of 1 at most, and is not scaled by that of the parameter.
     """
+    scale = _adam(settings) if settings.kind == 'adamw' else _adafactor()
+    scale_by_layer = scale if settings.kind == 'adamw' else _by_layer(scale)
 
-    def adamw(weight_decay, mask):
+    def descent(scale, weight_decay, mask):
         clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm is not None else optax.identity()
-        adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)
-        return optax.chain(clip, adam, optax.add_decayed_weights(weight_decay, mask=mask))
+        return optax.chain(clip, scale, optax.add_decayed_weights(weight_decay, mask=mask))
 
-    parts = {'policy': adamw(settings.weight_decay, matrices), 'method': adamw(settings.method_weight_decay, None)}
+    parts = {
+        'policy': descent(scale_by_layer, settings.weight_decay, matrices),
+        'method': descent(scale, settings.method_weight_decay, None),
+    }
     return optax.partition(parts, {name: name for name in parts})
+
+
+def _adam(settings: config.Optimizer) -> optax.GradientTransformation:
+    moment_dtype = jnp.dtype(settings.moment_dtype)
+    return optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon, mu_dtype=moment_dtype)
+
+
+def _adafactor() -> optax.GradientTransformation:
+    """Adafactor without a first moment or a scale of its own: Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4
+    and 5 with their constants, alpha left to the caller. Every matrix is factored, however small."""
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=1e-30, min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(1.0),
+    )
+
+
+def _by_layer(scale: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same for each layer's own matrices and vectors where they are stacked: else layers would be a dimension to
+    factor by, and share one bound on the update."""
+
+    def labels(params):
+        return jax.tree.map_with_path(lambda path, _: 'stacked' if _stacked(path) else 'single', params)
+
+    each = optax.GradientTransformation(jax.vmap(scale.init), jax.vmap(scale.update))
+    return optax.partition({'stacked': each, 'single': scale}, labels)
 
 
 def matrices(params):
     """True for leaves that weight decay applies to: matrices, not norms or biases (vectors, stacked over layers)."""
+    return jax.tree.map_with_path(lambda path, leaf: leaf.ndim - _stacked(path) >= 2, params)
 
-    def decayed(path, leaf):
-        stacked = 'layers' in jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-        return leaf.ndim - stacked >= 2
 
-    return jax.tree.map_with_path(decayed, params)
+def _stacked(path) -> bool:
+    """Whether the leaf at this path of a policy's parameters has a first axis of layers."""
+    return 'layers' in jax.tree_util.keystr(path, simple=True, separator='/').split('/')
 
 
 def learning_rate_schedule(settings: config.Optimizer, steps: int, peak: float) -> optax.Schedule:
