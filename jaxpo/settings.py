@@ -1,14 +1,18 @@
 """What must hold of a config before anything is opened."""
 
 import dataclasses
+import typing
 
 from jaxpo import config
-from jaxpo.errors import InputError
+from jaxpo.errors import InputError, unknown
 from jaxpo.objective import Objective
 
 
 def check_settings(settings: config.Config) -> None:
-    """InputError for a number out of its range, an empty name, or settings that contradict one another."""
+    """InputError for a number out of its range, an empty or unknown name, or settings that contradict one another."""
+    _check_choices(settings, '')
+    for name, reference in settings.references.items():
+        _check_choices(reference, f'references.{name}.')
     positive = {
         'train.batch_pairs': settings.train.batch_pairs,
         'train.steps': settings.train.steps,
@@ -53,6 +57,17 @@ def check_settings(settings: config.Config) -> None:
     if settings.evaluate.sample_prompts and not settings.data.evaluation:
         raise InputError('evaluate.sample_prompts samples held-out prompts, but data.evaluation names none.')
     _check_optimizer(settings.optimizer)
+
+
+def _check_choices(section, where: str) -> None:
+    """InputError for a name that is not among those its field lists: a module may set what no command line would."""
+    kinds = typing.get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value, kind = getattr(section, field.name), kinds[field.name]
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f'{where}{field.name}.')
+        elif typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
+            raise unknown(where + field.name, str(value), typing.get_args(kind))
 
 
 def _check_optimizer(settings: config.Optimizer) -> None:

@@ -70,8 +70,9 @@ def make_optimizer(settings: config.Optimizer) -> optax.GradientTransformation:
 
 
 def _adam(settings: config.Optimizer) -> optax.GradientTransformation:
-    moment_dtype = jnp.dtype(settings.moment_dtype)
-    return optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon, mu_dtype=moment_dtype)
+    # Not a Python number: times a bfloat16 moment, that would be rounded to bfloat16 itself, to 0.898 for 0.9.
+    beta1, moment_dtype = np.float32(settings.beta1), jnp.dtype(settings.moment_dtype)
+    return optax.scale_by_adam(beta1, settings.beta2, settings.epsilon, mu_dtype=moment_dtype)
 
 
 def _adafactor() -> optax.GradientTransformation:

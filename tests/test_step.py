@@ -234,23 +234,6 @@ def test_nan_reaches_neither_parameters_nor_optimizer(where):
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, start.opt_state)
 
 
-def test_matrices_decay_and_vectors_do_not():
-    decayed = state.matrices(parameters(tiny_decoders.CONFIGS['qwen2']))
-    assert decayed['embedding'] and decayed['layers']['mlp']['up'] and decayed['layers']['attention']['query']
-    assert not decayed['final_norm'] and not decayed['layers']['mlp_norm']
-    assert not decayed['layers']['attention']['query_bias']
-
-
-@pytest.mark.parametrize('name, expected', [('constant', 1.0), ('linear', 0.55), ('cosine', 0.55)])
-def test_schedules_warm_up_and_decay(name, expected):
-    settings = Optimizer(learning_rate=2.0, schedule=name, warmup_steps=4, final_learning_rate_ratio=0.1)
-    rate = state.learning_rate_schedule(settings, 14, settings.learning_rate)
-    np.testing.assert_allclose([rate(s) for s in range(4)], [0.5, 1.0, 1.5, 2.0], rtol=1e-6)
-    np.testing.assert_allclose([rate(4), rate(9)], [2.0, 2.0 * expected], rtol=1e-6)
-    if name != 'constant':
-        np.testing.assert_allclose(rate(14), 0.2, rtol=1e-5)
-
-
 def test_compiled_step_holds_no_tokens_by_vocabulary():
     vocabulary = 12347
     config = CONFIG | {'vocab_size': vocabulary}
