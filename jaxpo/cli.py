@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
-from jaxpo import catalogue, commands, mixture_catalogue
+from jaxpo import catalogue, commands, mixture_catalogue, processes
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.train import train
@@ -23,6 +24,7 @@ be copied. Every field of its config is an option, as --section.field value.
 EXIT_CODES = """\
 exit codes: 0 done; 1 the run had to stop (its last checkpoint stands); 2 bad input, nothing was changed;
 75 interrupted with its state saved, 130 without: the same command resumes from the last checkpoint.
+Several processes end together, with the code of the first that fails.
 """
 
 
@@ -33,6 +35,7 @@ class Command:
     function: Callable[[Experiment], None]
     dry_run: Callable[[Experiment], None]
     summary: str
+    saves_when_told: bool = False  # SIGTERM makes it save before it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,7 @@ TOOLS = {
     'check': Tool(catalogue.check, 'NAME', 'check a loss, yours (FILE.py:LOSS) or a registered one'),
 }
 COMMANDS = {
-    'train': Command(train, commands.dry_run, 'train a policy on preference pairs, or resume'),
+    'train': Command(train, commands.dry_run, 'train a policy on preference pairs, or resume', saves_when_told=True),
     'references': Command(
         commands.references, commands.dry_run_references, 'compute tables of reference log-probabilities'
     ),
@@ -63,7 +66,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs one command; returns its exit code. Where several processes run it, one that fails ends all of them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     error = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -75,18 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise unknown('command', arguments[0], [*COMMANDS, *TOOLS])
         return _run(arguments[0], arguments[1:])
-    except InputError as problem:
+    except (InputError, TrainingError) as problem:
         error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
-        return 2
-    except TrainingError as problem:
-        error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
-        return 1
+        return _ended(2 if isinstance(problem, InputError) else 1, str(problem))
     except Interrupted as problem:
         error.print(f'[bold yellow]jaxpo:[/bold yellow] {escape(str(problem))}')
-        return 75
+        return 75  # of all processes, which stopped after the same step
     except KeyboardInterrupt:
         error.print('[bold yellow]jaxpo:[/bold yellow] Stopped; the last checkpoint stands.')
-        return 130
+        return _ended(130, 'Stopped; the last checkpoint stands.')
+    except Exception as problem:
+        if not processes.started():
+            raise
+        traceback.print_exc()
+        return _ended(1, f'{type(problem).__name__}: {problem}')
+
+
+def _ended(code: int, message: str) -> int:
+    """The exit code of a process that is alone; of several, none returns."""
+    processes.end(code, message)
+    return code
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -109,6 +120,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         parser.print_help()
         return 0 if {'-h', '--help'} & set(arguments) else 2
     experiment = load(known.experiment, overrides, name)
+    # Before a dry run too: which mesh is possible depends on the devices of all processes.
+    saves = command.saves_when_told and not known.dry_run
+    processes.start(experiment.config.processes, saves_when_told=saves)
     (command.dry_run if known.dry_run else command.function)(experiment)
     return 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxpo import evaluate as evaluation
-from jaxpo import report, tabulate, weighing
+from jaxpo import processes, report, tabulate, weighing
 from jaxpo.checkpoint import open_checkpoints
 from jaxpo.console import console
 from jaxpo.data.prompts import Prompt, read_prompts
@@ -155,10 +155,10 @@ def _policy(run: Run) -> TrainState:
 def _restored(run: Run, *, references: bool) -> TrainState | None:
     """The newest checkpoint's state without its optimizer, or None."""
     directory = run.directory / 'checkpoints'
-    if not directory.is_dir():
+    if not processes.decide(directory.is_dir):
         return None
     with open_checkpoints(directory, run.config.train.keep_checkpoints) as checkpoints:
-        step = checkpoints.latest()
+        step = processes.agree(checkpoints.latest())
         if step is None:
             return None
         shapes, _ = abstract_state(run)

@@ -2,17 +2,18 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from jaxpo import config, sampling, step
+from jaxpo import config, sampling, sharding, step
 from jaxpo.data import prompts as prompt_files
+from jaxpo.data import rows
 from jaxpo.data.prompts import Prompt
 from jaxpo.models.tokenizer import end_ids
 from jaxpo.objective import counts_of
@@ -64,8 +65,10 @@ def make_evaluator(run: Run, pairs: list[Pair]) -> Evaluator:
         held_out = prompt_files.read_prompts(run.config.data.evaluation, run.config.data, run.tokenizer)[:count]
     models = run.models
     measured = tuple(name for name in run.objective.references if models.frozen[name].weights != 'table')
-    score_step = jax.jit(step.make_score_step(models, measured))
-    return Evaluator(run, pairs, held_out, jax.jit(step.make_eval_step(models, run.objective)), measured, score_step)
+    # Whole on every device: of several processes, each reads all of what is found.
+    jit = functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
+    eval_step, score_step = step.make_eval_step(models, run.objective), step.make_score_step(models, measured)
+    return Evaluator(run, pairs, held_out, jit(eval_step), measured, jit(score_step))
 
 
 def evaluate(evaluator: Evaluator, state: TrainState) -> Evaluation:
@@ -90,17 +93,16 @@ def _score_pairs(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
     run, totals = evaluator.run, collections.defaultdict(float)
     lengths = np.array([(pair.chosen.size, pair.rejected.size) for pair in evaluator.pairs])
     counts = jax.device_get(counts_of(lengths[:, :1], lengths[:, 1:]))
-    for batch in _batches(run, evaluator.pairs):
-        shares = evaluator.eval_step(state, batch, run.traced, counts)
+    for part in _parts(run, evaluator.pairs):
+        shares = evaluator.eval_step(state, make_batch(run, part), run.traced, counts)
         for name, value in jax.device_get(shares).items():
             totals[name] += float(value)
     return dict(totals)
 
 
-def _batches(run: Run, pairs: Sequence[Pair]):
+def _parts(run: Run, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
     size = run.config.train.batch_pairs
-    for start in range(0, len(pairs), size):
-        yield make_batch(run, pairs[start : start + size])
+    return (pairs[start : start + size] for start in range(0, len(pairs), size))
 
 
 def _sample(evaluator: Evaluator, state: TrainState) -> list[Sampled]:
@@ -161,10 +163,12 @@ def _log_ratios(evaluator: Evaluator, state: TrainState, groups) -> list[list[di
         Pair(prompt.ids, *(generated.scored_tokens for generated in group), index)
         for index, (prompt, group) in enumerate(zip(evaluator.prompts, groups))
     ]
-    ratios: list[Any] = [None] * len(pairs)
-    for batch in _batches(evaluator.run, pairs):
+    run, ratios = evaluator.run, [None] * len(pairs)
+    for part in _parts(run, pairs):
+        host = rows.fill_rows(part, run.config.rows, row_multiple=run.row_multiple)
+        batch = sharding.put(host, run.mesh, sharding.MICROBATCHES)
         scored = jax.device_get(evaluator.score_step(state.params, state.frozen, batch))
-        places = np.asarray(jax.device_get(batch.pair_index)).reshape(-1)
+        places = host.pair_index.reshape(-1)  # of a batch on the mesh, a process sees its own rows alone
         sides = [np.moveaxis(scored[side], 1, -1).reshape(len(places), -1) for side in ('chosen', 'rejected')]
         for place, *both in zip(places, *sides):
             if place >= 0:

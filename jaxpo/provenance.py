@@ -1,4 +1,4 @@
-"""What a run was made of, written beside its results: config, versions, commit."""
+"""What a run was made of, written beside its results: config, versions, commit. Process 0 looks and writes."""
 
 import importlib.metadata
 import json
@@ -8,7 +8,7 @@ import subprocess
 
 import jax
 
-from jaxpo import experiment
+from jaxpo import experiment, processes
 from jaxpo.config import Config
 from jaxpo.errors import InputError
 from jaxpo.metrics import flatten
@@ -18,6 +18,10 @@ PACKAGES = ('jaxpo', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'tran
 
 def check(directory: pathlib.Path, config: Config) -> None:
     """InputError where `directory` holds a run with other settings, and which ones differ, or something else."""
+    processes.decide(lambda: _check(directory, config))
+
+
+def _check(directory: pathlib.Path, config: Config) -> None:
     path = directory / 'config.json'
     if path.exists():
         _refuse_other(path, config)
@@ -30,11 +34,14 @@ def claim(directory: pathlib.Path, config: Config) -> None:
 
     InputError as `check` has it: a directory never mixes two runs.
     """
-    check(directory, config)
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / 'config.json').write_text(experiment.to_json(config) + '\n', encoding='utf-8')
-        (directory / 'versions.json').write_text(json.dumps(versions(), indent=2) + '\n', encoding='utf-8')
+    processes.decide(lambda: _claim(directory, config))
+
+
+def _claim(directory: pathlib.Path, config: Config) -> None:
+    _check(directory, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / 'config.json').write_text(experiment.to_json(config) + '\n', encoding='utf-8')
+    (directory / 'versions.json').write_text(json.dumps(versions(), indent=2) + '\n', encoding='utf-8')
 
 
 def _refuse_other(path: pathlib.Path, config: Config) -> None:

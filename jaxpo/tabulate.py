@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxpo import config, sharding, step
+from jaxpo import config, processes, sharding, step
 from jaxpo.console import progress
 from jaxpo.data import rows
 from jaxpo.data.retokenize import retokenized
@@ -69,9 +68,8 @@ def missing(run: Run, pairs: Pairs) -> list[Filled]:
         own = {split: _own_pairs(run, name, pairs, split) for split in SPLITS}
         tables = _open(run, name)
         places = [place for split in SPLITS for place in _places(own[split])]
-        absent = {key for table in tables.values() for key in table.missing(place.key for place in places)}
         directories = tuple(table.directory for table in tables.values())
-        found.append(Filled(name, len(places), len(absent), 0.0, directories))
+        found.append(Filled(name, len(places), len(_absent(tables, places)), 0.0, directories))
     return found
 
 
@@ -139,7 +137,8 @@ def _places(pairs: Sequence[Pair]) -> list[_Place]:
 def _fill(run: Run, name: str, tables: Mapping[str, Table], pairs: Sequence[Pair]) -> int:
     """Computes what the tables lack; returns how many completions that were."""
     places = _places(pairs)
-    absent = {key for table in tables.values() for key in table.missing(place.key for place in places)}
+    # Process 0 says what is absent: another, a moment later, may find rows that a third run has written meanwhile.
+    absent = {bytes.fromhex(key) for key in processes.decide(lambda: _absent(tables, places))}
     if not absent:
         return 0
     wanted = [pairs[place] for place in sorted({place.pair for place in places if place.key in absent})]
@@ -156,7 +155,13 @@ def _fill(run: Run, name: str, tables: Mapping[str, Table], pairs: Sequence[Pair
                 _write(tables, found)
                 found, last = {}, time.monotonic()
             show(done, {})
+    processes.wait_for_all('reference table written')
     return len(absent)
+
+
+def _absent(tables: Mapping[str, Table], places: Sequence[_Place]) -> list[str]:
+    keys = [place.key for place in places]
+    return sorted({key.hex() for table in tables.values() for key in table.missing(keys)})
 
 
 def _bare(pair: Pair) -> Pair:
@@ -208,8 +213,6 @@ def _write(tables: Mapping[str, Table], found: Mapping[bytes, Mapping[str, np.nd
     if jax.process_index() == 0:
         for statistic, table in tables.items():
             table.write(list(found), [values[statistic] for values in found.values()])
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('reference table written')
 
 
 def _told(run: Run, name: str, tables: Mapping[str, Table], pairs: Sequence[Pair], own: Sequence[Pair]) -> list[Pair]:

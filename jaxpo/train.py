@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxpo import evaluate, provenance, report, tabulate, weighing
+from jaxpo import evaluate, processes, provenance, report, tabulate, weighing
 from jaxpo.checkpoint import check_room, open_checkpoints
 from jaxpo.console import console, progress
 from jaxpo.data import audit
@@ -29,7 +29,7 @@ def train(experiment: Experiment) -> None:
     Raises:
       InputError: bad settings, model, data, or an output directory that holds another run; before any training.
       TrainingError: a loss that is not finite; the parameters are those before it.
-      Interrupted: SIGTERM or Ctrl-C; the state was saved, and the same command goes on.
+      Interrupted: SIGTERM (of several processes: to any) or Ctrl-C; the state was saved, and the same command goes on.
     """
     # Check everything before anything is written or computed.
     run = prepare(experiment)
@@ -47,7 +47,7 @@ def train(experiment: Experiment) -> None:
 
     with open_checkpoints(run.directory / 'checkpoints', run.config.train.keep_checkpoints) as checkpoints:
         # Load, or resume where the last committed checkpoint is.
-        done = checkpoints.latest() or 0
+        done = processes.agree(checkpoints.latest()) or 0
         state = weighing.weigh(run, load_state(run), pairs.validation) if not done else _resume(run, checkpoints, done)
         with open_metrics(run.directory, done) as log:
             # Evaluate before training, train, evaluate after.
@@ -56,11 +56,12 @@ def train(experiment: Experiment) -> None:
                 _evaluate(run, evaluator, state, 0, log)
             if done < schedule.steps:
                 state = _loop(run, pairs, schedule, state, done, checkpoints, log, evaluator)
-            if not report.evaluations(run.directory, schedule.steps):
+            if not processes.decide(lambda: report.evaluations(run.directory, schedule.steps)):
                 _evaluate(run, evaluator, state, schedule.steps, log)
-            results = report.evaluations(run.directory, schedule.steps)
+            results = processes.decide(lambda: report.evaluations(run.directory, schedule.steps))
             log.write_hyperparameters(flatten(dataclasses.asdict(run.config)), results)
-    report.print_results(run, schedule.steps)
+    if jax.process_index() == 0:
+        report.print_results(run, schedule.steps)
 
 
 def _resume(run: Run, checkpoints, done: int) -> TrainState:
@@ -88,7 +89,7 @@ def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, 
             # The metrics of the step before are read while this one runs: the device never waits for the host.
             _finish(pending, run, meter, log, show)
             pending = (number + 1, indices, metrics)
-            last, stop = number + 1 == schedule.steps, interrupted()
+            last, stop = number + 1 == schedule.steps, interrupted(number + 1)
             save = last or stop or _due(number + 1, settings.checkpoint_every)
             look = not last and not stop and _due(number + 1, settings.evaluate_every)
             if save or look:
@@ -173,14 +174,13 @@ class _Meter:
 
 
 @contextlib.contextmanager
-def _interruption(signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether one of `signals` came. A second one ends the process at once.
+def _interruption(signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> Iterator[Callable[[int], bool]]:
+    """Gives a function that says whether to stop after a step, as one of `signals` came. A second one ends at once.
 
-    Several processes keep the default: they die, and resume from their last checkpoint.
+    Several processes agree on the step, after a SIGTERM to any of them; Ctrl-C ends them.
     """
     if jax.process_count() > 1:
-        # One process that stops alone would leave the others waiting for it.
-        yield lambda: False
+        yield processes.interrupted
         return
     caught = []
 
@@ -190,7 +190,7 @@ def _interruption(signals: Sequence[int] = (signal.SIGTERM, signal.SIGINT)) -> I
 
     before = {number: signal.signal(number, note) for number in signals}
     try:
-        yield lambda: bool(caught)
+        yield lambda step: bool(caught)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

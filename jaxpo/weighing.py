@@ -1,6 +1,7 @@
 """Mixing weights that validation pairs choose: before training (vdw, vaw), or step by step as judges (tsw)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpo import objective as objectives
-from jaxpo import step
+from jaxpo import sharding, step
 from jaxpo.data import sampler
 from jaxpo.objective import counts_of
 from jaxpo.run import Run, make_batch
@@ -21,7 +22,8 @@ def weigh(run: Run, state: TrainState, pairs: Sequence[Pair]) -> TrainState:
     mixture = run.objective.mixture
     if mixture is None or mixture.observes != 'validation':
         return state
-    observe = jax.jit(step.make_observe_step(run.models, run.objective))
+    jit = _jit(run)
+    observe = jit(step.make_observe_step(run.models, run.objective))
     lengths = np.array([(pair.chosen.size, pair.rejected.size) for pair in pairs])
     counts = jax.device_get(counts_of(lengths[:, :1], lengths[:, 1:]))
     bare, means = state.replace(opt_state=()), None
@@ -29,9 +31,8 @@ def weigh(run: Run, state: TrainState, pairs: Sequence[Pair]) -> TrainState:
         batch = make_batch(run, pairs[start : start + run.config.train.batch_pairs])
         share = observe(bare, batch, run.traced, counts)
         means = share if means is None else jax.tree.map(jnp.add, means, share)
-    followed = objectives.follow(run.objective, run.objective.hyperparameters, state.method_state, means)
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), followed, state.method_state)
-    return state.replace(method_state=placed)
+    follow = jit(functools.partial(objectives.follow, run.objective))
+    return state.replace(method_state=follow(run.objective.hyperparameters, state.method_state, means))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,4 +62,10 @@ def make_judge(run: Run, pairs: list[Pair]) -> Judge | None:
     if not run.objective.draws_arm:
         return None
     accuracy, reward = step.make_accuracy_step(run.models), step.make_reward_step(run.objective)
-    return Judge(run, pairs, jax.jit(accuracy), jax.jit(reward))
+    jit = _jit(run)
+    return Judge(run, pairs, jit(accuracy), jit(reward))
+
+
+def _jit(run: Run) -> Callable[[Callable], Callable]:
+    """Compiles a function whose results are whole on every device, so that every process can read them."""
+    return functools.partial(jax.jit, out_shardings=sharding.replicated(run.mesh))
