@@ -5,13 +5,12 @@ from their own sources.
 """
 
 import contextlib
-import pathlib
-import shutil
 from collections.abc import Iterator
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxpo import storage
 from jaxpo.errors import InputError
 from jaxpo.state import TrainState
 
@@ -68,10 +67,10 @@ def _saved(state: TrainState) -> dict:
 
 
 @contextlib.contextmanager
-def open_checkpoints(directory: pathlib.Path, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(directory: storage.Path, keep: int) -> Iterator[Checkpoints]:
     """The checkpoints of a run; waits on leaving until what was begun is committed. Keeps the newest `keep`."""
     checkpointer = ocp.training.Checkpointer(
-        directory.absolute(),
+        storage.absolute(directory),
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         cleanup_tmp_directories=True,
@@ -84,11 +83,13 @@ def open_checkpoints(directory: pathlib.Path, keep: int) -> Iterator[Checkpoints
         checkpointer.close()
 
 
-def check_room(directory: pathlib.Path, shapes: TrainState, keep: int) -> None:
-    """InputError where the disk cannot hold `keep` checkpoints and the one being written."""
+def check_room(directory: storage.Path, shapes: TrainState, keep: int) -> None:
+    """InputError where the disk cannot hold `keep` checkpoints and the one being written, or a bucket takes no file."""
+    if storage.is_remote(directory):
+        storage.round_trip(directory)
+        return
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_saved(shapes))) * (keep + 1)
-    existing = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    existing, free = storage.free_bytes(directory)
     if needed > free:
         raise InputError(
             f'No room on the disk: {keep} checkpoints and one being written take {needed / 2**30:.1f} GiB, '

@@ -13,6 +13,7 @@ FLOORS = {
     'types': 0,
     'config': 0,
     'sharding': 1,
+    'storage': 1,
     'models': 2,
     'data': 2,
     'logps': 2,

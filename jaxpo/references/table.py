@@ -5,6 +5,9 @@
 A table is found by what its numbers depend on (`identity`: weights, dtype), a row of it by the token ids it is of. So a
 changed model is another table and a changed template, tokenizer or truncation is another row, while subsets, shuffles,
 losses and seeds find what is there. Nothing here runs a model.
+
+In a bucket there is no lock: writers that meet write a row twice, and both are read (`table_files`). What is read of a
+bucket is copied to a local temporary directory first, which lasts as long as the table.
 """
 
 import contextlib
@@ -13,12 +16,16 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxpo import storage
 from jaxpo.errors import InputError, unknown
 from jaxpo.references import table_files
 from jaxpo.types import TABLE_STATISTICS
@@ -42,11 +49,11 @@ def sequence_key(prompt: np.ndarray, completion: np.ndarray) -> bytes:
     return hashlib.blake2b(stored, digest_size=16).digest()
 
 
-def open_table(root: pathlib.Path, identity: Mapping[str, Any], statistic: str) -> 'Table':
+def open_table(root: str | os.PathLike, identity: Mapping[str, Any], statistic: str) -> 'Table':
     """The table of one statistic of one frozen model; empty where none was written. Nothing is created before a write.
 
     Args:
-      root: directory of all tables (`config.tables`).
+      root: directory of all tables (`config.tables`), local or in a bucket.
       identity: what the numbers depend on besides token ids, as JSON: weights (`models.identity`), dtype.
       statistic: one of TABLE_STATISTICS; nats, one number a completion token.
 
@@ -55,7 +62,9 @@ def open_table(root: pathlib.Path, identity: Mapping[str, Any], statistic: str) 
     """
     if statistic not in TABLE_STATISTICS:
         raise unknown('table statistic', statistic, TABLE_STATISTICS)
-    root = pathlib.Path(root).expanduser()
+    root = storage.path(root)
+    if not storage.is_remote(root):
+        root = root.expanduser()
     if root.exists() and not root.is_dir():
         raise InputError(f'tables: {root} is a file. Name a directory.')
     described = {'identity': dict(identity), 'statistic': statistic, 'format': FORMAT}
@@ -67,10 +76,11 @@ def open_table(root: pathlib.Path, identity: Mapping[str, Any], statistic: str) 
 class Table:
     """A table that was opened: an index of the rows on disk. `open_table` makes it."""
 
-    def __init__(self, directory: pathlib.Path, described: dict[str, Any]):
+    def __init__(self, directory: storage.Path, described: dict[str, Any]):
         self.directory = directory
         self.statistic = described['statistic']
         self._described = described
+        self._cache: pathlib.Path | None = None  # where files of a bucket are copied to
         self._shards: set[str] = set()
         self._rows: dict[bytes, tuple[np.ndarray, str]] = {}  # its numbers on disk, and the shard they are of
         _check_identity(directory, described)
@@ -117,7 +127,6 @@ class Table:
             return
         with _alone(self.directory):
             _write_identity(self.directory, self._described)
-            table_files.remove_abandoned(self.directory)
             new = self.missing(rows)  # another process may have written some of them by now
             if new:
                 table_files.write_shard(self.directory, new, [rows[key] for key in new])
@@ -138,8 +147,17 @@ class Table:
         """Reads the shards that came since the last look."""
         for name in table_files.shard_names(self.directory):
             if name not in self._shards:
-                self._add(table_files.read_shard(self.directory / name))
+                self._add(table_files.read_shard(self.directory / name, self._files_of(name)))
                 self._shards.add(name)
+
+    def _files_of(self, shard: str) -> pathlib.Path:
+        """Where the files of a shard are to be read."""
+        if not storage.is_remote(self.directory):
+            return self.directory / shard
+        if self._cache is None:
+            self._cache = pathlib.Path(tempfile.mkdtemp(prefix='jaxpo-table-'))
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
+        return self._cache / shard
 
     def _add(self, shard: table_files.Shard) -> None:
         name = shard.directory.name
@@ -166,7 +184,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return one is other or (len(one) == len(other) and bool((np.abs(one - other) <= SAME_TOLERANCE).all()))
 
 
-def _check_identity(directory: pathlib.Path, described: dict[str, Any]) -> None:
+def _check_identity(directory: storage.Path, described: dict[str, Any]) -> None:
     """InputError where the directory holds another table than its name says."""
     path = directory / IDENTITY
     if not path.exists():
@@ -198,18 +216,26 @@ def _flat(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
         yield from _flat(branch, f'{path}.{name}' if path else name)
 
 
-def _write_identity(directory: pathlib.Path, described: dict[str, Any]) -> None:
+def _write_identity(directory: storage.Path, described: dict[str, Any]) -> None:
     """The identity beside its shards, and before them: no shard is ever without it."""
     path = directory / IDENTITY
-    if not path.exists():
+    if path.exists():
+        return
+    content = json.dumps(described, indent=2, sort_keys=True) + '\n'
+    if storage.is_remote(directory):
+        path.write_text(content)
+    else:
         partial = directory / f'.{IDENTITY}.{uuid.uuid4().hex[:8]}{table_files.PARTIAL}'
-        partial.write_text(json.dumps(described, indent=2, sort_keys=True) + '\n', 'utf-8')
+        partial.write_text(content, 'utf-8')
         os.replace(partial, path)
 
 
 @contextlib.contextmanager
-def _alone(directory: pathlib.Path) -> Iterator[None]:
-    """One writer of the directory at a time. The lock ends with its process, so a crash leaves none behind."""
+def _alone(directory: storage.Path) -> Iterator[None]:
+    """One writer of a local directory at a time. The lock ends with its process, so a crash leaves none behind."""
+    if storage.is_remote(directory):
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open('w')
@@ -217,4 +243,5 @@ def _alone(directory: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f'tables: {directory} cannot be written to: {error}') from None
     with file:
+        table_files.remove_abandoned(directory)
         yield
