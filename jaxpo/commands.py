@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 
 import jax
 
 from jaxpo import evaluate as evaluation
-from jaxpo import processes, report, tabulate, weighing
+from jaxpo import processes, report, storage, tabulate, weighing
 from jaxpo.checkpoint import open_checkpoints
 from jaxpo.console import console
 from jaxpo.data.prompts import Prompt, read_prompts
@@ -86,7 +85,7 @@ def sample(experiment: Experiment) -> None:
     evaluation.write_samples(path, [sample for group in sampled for sample in group])
     console().print(f'Wrote {path}.')
     if run.config.sample.pairs:
-        _write_pairs(pathlib.Path(run.config.sample.pairs), prompts, sampled)
+        _write_pairs(storage.path(run.config.sample.pairs), prompts, sampled)
 
 
 def dry_run_sample(experiment: Experiment) -> None:
@@ -124,7 +123,7 @@ def dry_run_export(experiment: Experiment) -> None:
     console().print(f'{run.pretrained.name} would be written as {_export_dtype(run)} to {_export_directory(run)}.')
 
 
-def _export_directory(run: Run) -> pathlib.Path:
+def _export_directory(run: Run) -> storage.Path:
     return run.directory / run.config.export.directory
 
 
@@ -174,7 +173,7 @@ def _prompts(run: Run) -> list[Prompt]:
     return read_prompts(source, run.config.data, run.tokenizer)
 
 
-def _write_pairs(path: pathlib.Path, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sampled]]) -> None:
+def _write_pairs(path: storage.Path, prompts: Sequence[Prompt], groups: Sequence[Sequence[Sampled]]) -> None:
     """The best against the worst completion of each prompt that differ in reward. A completion that was cut is none."""
     lines = []
     for prompt, group in zip(prompts, groups):
@@ -185,12 +184,10 @@ def _write_pairs(path: pathlib.Path, prompts: Sequence[Prompt], groups: Sequence
             row |= {'chosen_reward': round(best.reward, 4), 'rejected_reward': round(worst.reward, 4)}
             lines.append(json.dumps(row, ensure_ascii=False) + '\n')
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(''.join(lines), encoding='utf-8')
+        storage.write_text(path, ''.join(lines))
     console().print(f'Wrote {len(lines)} pairs of {len(prompts)} prompts to {path}.')
 
 
-def _write_json(path: pathlib.Path, value) -> None:
+def _write_json(path: storage.Path, value) -> None:
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+        storage.write_text(path, json.dumps(value, indent=2) + '\n')

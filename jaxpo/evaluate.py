@@ -5,13 +5,12 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from jaxpo import config, sampling, sharding, step
+from jaxpo import config, sampling, sharding, step, storage
 from jaxpo.data import prompts as prompt_files
 from jaxpo.data import rows
 from jaxpo.data.prompts import Prompt
@@ -198,9 +197,8 @@ def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
     return float(by_prompt.mean()), float(error)
 
 
-def write_samples(path: pathlib.Path, samples: Sequence[Sampled]) -> None:
+def write_samples(path: storage.Path, samples: Sequence[Sampled]) -> None:
     """One JSON line per sample. Process 0 alone writes."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) for sample in samples)
-        path.write_text(''.join(line + '\n' for line in lines), encoding='utf-8')
+        storage.write_text(path, ''.join(line + '\n' for line in lines))

@@ -8,7 +8,7 @@ import subprocess
 
 import jax
 
-from jaxpo import experiment, processes
+from jaxpo import experiment, processes, storage
 from jaxpo.config import Config
 from jaxpo.errors import InputError
 from jaxpo.metrics import flatten
@@ -16,12 +16,12 @@ from jaxpo.metrics import flatten
 PACKAGES = ('jaxpo', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'numpy')
 
 
-def check(directory: pathlib.Path, config: Config) -> None:
+def check(directory: storage.Path, config: Config) -> None:
     """InputError where `directory` holds a run with other settings, and which ones differ, or something else."""
     processes.decide(lambda: _check(directory, config))
 
 
-def _check(directory: pathlib.Path, config: Config) -> None:
+def _check(directory: storage.Path, config: Config) -> None:
     path = directory / 'config.json'
     if path.exists():
         _refuse_other(path, config)
@@ -29,7 +29,7 @@ def _check(directory: pathlib.Path, config: Config) -> None:
         raise InputError(f'output: {directory} is not empty and holds no run. Name a new directory.')
 
 
-def claim(directory: pathlib.Path, config: Config) -> None:
+def claim(directory: storage.Path, config: Config) -> None:
     """Makes `directory` the run's, or finds that it is already; writes config.json and versions.json there.
 
     InputError as `check` has it: a directory never mixes two runs.
@@ -37,14 +37,13 @@ def claim(directory: pathlib.Path, config: Config) -> None:
     processes.decide(lambda: _claim(directory, config))
 
 
-def _claim(directory: pathlib.Path, config: Config) -> None:
+def _claim(directory: storage.Path, config: Config) -> None:
     _check(directory, config)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / 'config.json').write_text(experiment.to_json(config) + '\n', encoding='utf-8')
-    (directory / 'versions.json').write_text(json.dumps(versions(), indent=2) + '\n', encoding='utf-8')
+    storage.write_text(directory / 'config.json', experiment.to_json(config) + '\n')
+    storage.write_text(directory / 'versions.json', json.dumps(versions(), indent=2) + '\n')
 
 
-def _refuse_other(path: pathlib.Path, config: Config) -> None:
+def _refuse_other(path: storage.Path, config: Config) -> None:
     theirs = flatten(experiment.computed(json.loads(path.read_text(encoding='utf-8'))))
     ours = flatten(experiment.computed(json.loads(experiment.to_json(config))))
     differ = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))

@@ -1,14 +1,13 @@
 """What a run says of itself: what it is about to do, and what came of it."""
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from rich.markup import escape
 
-from jaxpo import sharding
+from jaxpo import sharding, storage
 from jaxpo.console import bytes_text, console, number, table
 from jaxpo.data.audit import overlaps
 from jaxpo.data.audit import table as audit_table
@@ -46,6 +45,7 @@ def print_header(run: Run, pairs: Pairs, schedule: Schedule) -> None:
     out.print(f'[bold]{escape(run.pretrained.name)}[/bold], {_parameter_count(run) / 1e6:.1f} M parameters')
     out.print(f'objective  {escape(json.dumps(settings.objective))}')
     out.print(f'mesh       {_mesh(run)}, {settings.model.dtype}, remat {settings.model.remat}')
+    out.print(f'attention  {_attention(run)}')
     validation = f'{len(pairs.validation)} to weigh references by, ' if pairs.validation else ''
     out.print(
         f'data       {len(pairs.train)} pairs to train on, {validation}{len(pairs.evaluation)} held out, '
@@ -96,6 +96,17 @@ def _parameter_count(run: Run) -> int:
 def _mesh(run: Run) -> str:
     axes = ' x '.join(f'{name} {size}' for name, size in run.mesh.shape.items())
     return f'{axes} on {run.mesh.size} {run.mesh.devices.flat[0].device_kind} device(s)'
+
+
+def _attention(run: Run) -> str:
+    """The policy's kernel and why, and those of references that have another."""
+    models = {'': run.pretrained, **{f'{name} ': opened for name, opened in run.references.items()}}
+    choices = {name: run.attention_of(opened) for name, opened in models.items()}
+    return '; '.join(
+        f'{name}{choice.kernel} ({choice.reason})'
+        for name, choice in choices.items()
+        if not name or choice != choices['']
+    )
 
 
 def _tokens(run: Run, pairs: Pairs, schedule: Schedule) -> int:
@@ -149,7 +160,7 @@ def _layout(run: Run, pairs: Pairs, schedule: Schedule, step: int):
     return make_batch(run, [pairs.train[i] for i in schedule.pairs_of(step)])
 
 
-def evaluations(directory: pathlib.Path, step: int) -> dict[str, float]:
+def evaluations(directory: storage.Path, step: int) -> dict[str, float]:
     """The evaluation logged at `step`, or nothing."""
     found = [line for line in read_metrics(directory) if line['step'] == step and 'eval/seconds' in line]
     return {name: value for name, value in found[-1].items() if name.startswith('eval/')} if found else {}
@@ -204,5 +215,5 @@ def _print_samples(run: Run, steps: int) -> None:
             out.print(f'  [cyan]{label}[/cyan]{reward}: {escape(sample["completion"])}')
 
 
-def _read_samples(path: pathlib.Path) -> list[dict]:
+def _read_samples(path: storage.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []

@@ -1,7 +1,6 @@
 """What every command sets up first: an experiment checked, its models opened, its pairs audited."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import optax
 import transformers
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpo import config, sharding, state
+from jaxpo import config, sharding, state, storage
 from jaxpo import objective as objectives
 from jaxpo.data import audit, rows, sampler, sources
 from jaxpo.data.columns import Wanted
@@ -50,8 +49,8 @@ class Run:
         return self.experiment.config
 
     @property
-    def directory(self) -> pathlib.Path:
-        return pathlib.Path(self.config.output)
+    def directory(self) -> storage.Path:
+        return storage.path(self.config.output)
 
     @property
     def dtype(self) -> jnp.dtype:

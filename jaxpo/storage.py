@@ -22,6 +22,7 @@ from jaxpo.errors import InputError
 
 SCHEME = 'gs://'
 BUCKET = re.compile(r'[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]')
+COPY_BYTES = 2**24
 PACKAGES = {'gcsfs': 'gcsfs', 'google.cloud.storage': 'google-cloud-storage'}  # module: package
 INSTALL = "pip install 'jaxpo[gcs]'"
 
@@ -126,14 +127,17 @@ def free_bytes(directory: pathlib.Path) -> tuple[pathlib.Path, int]:
     return existing, shutil.disk_usage(existing).free
 
 
-def fetch(source: Path, target: pathlib.Path) -> None:
-    """Copies one file to a local one."""
-    target.write_bytes(source.read_bytes())
+def write_text(file: Path, text: str) -> None:
+    """Writes a file, and makes the local directory that it is to be in."""
+    if not is_remote(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding='utf-8')
 
 
-def upload(source: pathlib.Path, target: Path) -> None:
-    """Copies one local file; in a bucket it appears whole."""
-    target.write_bytes(source.read_bytes())
+def copy(source: Path, target: Path) -> None:
+    """Copies one file, from or to a bucket, by parts: the host's memory need not hold it."""
+    with source.open('rb') as reading, target.open('wb') as writing:
+        shutil.copyfileobj(reading, writing, COPY_BYTES)
 
 
 @contextlib.contextmanager
@@ -154,7 +158,7 @@ def grown_locally(directory: Path) -> Iterator[tuple[pathlib.Path, Callable[[], 
             for file in sorted(file for file in local.rglob('*') if file.is_file()):
                 stat = file.stat()
                 if published.get(file) != (stat.st_size, stat.st_mtime_ns):
-                    upload(file, directory / file.relative_to(local).as_posix())
+                    copy(file, directory / file.relative_to(local).as_posix())
                     published[file] = (stat.st_size, stat.st_mtime_ns)
 
         try:

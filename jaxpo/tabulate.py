@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxpo import config, processes, sharding, step
+from jaxpo import config, processes, sharding, step, storage
 from jaxpo.console import progress
 from jaxpo.data import rows
 from jaxpo.data.retokenize import retokenized
@@ -37,7 +37,7 @@ class Filled(NamedTuple):
     completions: int
     computed: int
     seconds: float
-    directories: tuple[pathlib.Path, ...]
+    directories: tuple[storage.Path, ...]
 
 
 class _Place(NamedTuple):
@@ -96,8 +96,7 @@ def _open(run: Run, name: str) -> dict[str, Table]:
     adapter = run.adapter_of(name)
     weights = weights_identity(run.pretrained_of(name), adapter and pathlib.Path(adapter), run.config.train.seed)
     identity = {'model': weights, 'dtype': run.config.model.dtype}
-    root = pathlib.Path(run.config.tables)
-    return {statistic: open_table(root, identity, statistic) for statistic in statistics_of(run, name)}
+    return {statistic: open_table(run.config.tables, identity, statistic) for statistic in statistics_of(run, name)}
 
 
 def _own_pairs(run: Run, name: str, pairs: Pairs, split: str) -> list[Pair]:
@@ -141,6 +140,7 @@ def _fill(run: Run, name: str, tables: Mapping[str, Table], pairs: Sequence[Pair
     absent = {bytes.fromhex(key) for key in processes.decide(lambda: _absent(tables, places))}
     if not absent:
         return 0
+    processes.decide(next(iter(tables.values())).check_writable)
     wanted = [pairs[place] for place in sorted({place.pair for place in places if place.key in absent})]
     # Neighbours of one length: few shapes, and little padding.
     wanted = sorted((_bare(pair) for pair in wanted), key=lambda pair: -_tokens(pair, run.config.rows.layout))

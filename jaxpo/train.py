@@ -96,6 +96,7 @@ def _loop(run: Run, pairs: Pairs, schedule: Schedule, state, done, checkpoints, 
                 _finish(pending, run, meter, log, show)
                 pending = None
             if save:
+                log.publish()  # first: a resumed run logs no step again that its checkpoint holds
                 checkpoints.save(number + 1, state)
             if stop and not last:
                 checkpoints.wait()
@@ -152,6 +153,7 @@ def _evaluate(run: Run, evaluator: evaluate.Evaluator, state: TrainState, number
         evaluate.write_samples(run.directory / f'greedy_{number:06d}.jsonl', found.shown)
     for place, sample in enumerate(found.shown):
         log.write_text(number, f'samples/{place}', f'**{sample.prompt}**\n\n{sample.completion}')
+    log.publish()
 
 
 class _Meter:

@@ -5,12 +5,11 @@ Masks and ends come from lengths and rules, never from token ids, so nothing her
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxpo import config
+from jaxpo import config, storage
 from jaxpo.data import companions
 from jaxpo.data.chat import Tokenized, check_template, check_tokenizer, tokenize
 from jaxpo.data.columns import NOTHING, Wanted, check_columns, check_wanted, columns_of, field
@@ -293,8 +292,6 @@ def overlaps(report: dict) -> str:
     return ', '.join(f'{note} ({count})' for note, count in counts.items() if count)
 
 
-def write_report(path: str | pathlib.Path, report: dict) -> None:
+def write_report(path: storage.Path, report: dict) -> None:
     """Writes a report, or several by name, as JSON: the same bytes for the same data."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    storage.write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + '\n')

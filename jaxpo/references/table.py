@@ -112,6 +112,11 @@ class Table:
                 raise table_files.damaged(self.directory / shard, fault)
         return [self._rows[key][0] for key in keys]
 
+    def check_writable(self) -> None:
+        """InputError where the table's bucket takes no file: to be asked before anything is computed for it."""
+        if storage.is_remote(self.directory):
+            storage.round_trip(self.directory)
+
     def write(self, keys: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
         """Adds rows as one shard: all of them or, should the process end, none. Rows that are there stay as they are.
 

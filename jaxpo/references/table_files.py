@@ -61,7 +61,7 @@ def write_shard(directory: storage.Path, keys: Sequence[bytes], vectors: Sequenc
             files = _fill(local, keys, vectors)
             shard = directory / f'{local.name}-{_digest_of(files)}'
             for name in (*files, MANIFEST):
-                storage.upload(local / name, shard / name)
+                storage.copy(local / name, shard / name)
         return
     name = shard_name(keys)
     partial = directory / f'.{name}.{uuid.uuid4().hex[:8]}{PARTIAL}'
@@ -117,10 +117,10 @@ def read_shard(directory: storage.Path, files: pathlib.Path) -> Shard:
 def _fetch_shard(directory: storage.Path, files: pathlib.Path) -> None:
     """Copies what the manifest names; what is not there is found missing where the copy is read."""
     files.mkdir(parents=True, exist_ok=True)
-    storage.fetch(directory / MANIFEST, files / MANIFEST)
+    storage.copy(directory / MANIFEST, files / MANIFEST)
     for name in _manifest(directory, files)[1]:
         with contextlib.suppress(FileNotFoundError):
-            storage.fetch(directory / name, files / name)
+            storage.copy(directory / name, files / name)
 
 
 def damaged(directory: storage.Path, what: str) -> InputError:
