@@ -1,9 +1,10 @@
 """Hidden states and a vocabulary head -> log-probabilities of scored tokens, and what else the vocabulary says of them.
 
-The only file that sees the vocabulary. One primitive serves policy and references. It walks the vocabulary in slabs, so
-that no `[tokens, V]` array exists in the forward or the backward pass, accumulates in float32, and has its own
-derivative. Where a head is split over the mesh axis `fsdp` (its width, never its vocabulary), one slab at a time is
-gathered, and the slab's gradient is reduce-scattered: no device ever holds the whole head.
+One primitive serves policy and references. It walks the vocabulary in slabs, so that no `[tokens, V]` array exists in
+the forward or the backward pass, accumulates in float32, and has its own derivative. Where a head is split over a mesh,
+each device of the axis `tensor` walks its own rows of the vocabulary, and sums are joined once, behind the walk; the
+width is split over `fsdp`: one slab at a time is gathered, and the slab's gradient is reduce-scattered, so that no
+device ever holds more of the head than its part and a slab.
 """
 
 import functools
@@ -18,10 +19,20 @@ from jax.sharding import PartitionSpec as P
 from jaxpo.errors import InputError, unknown
 from jaxpo.sharding import ROW_AXES
 from jaxpo.types import TokenStatistics
+from jaxpo.vocabulary import (
+    BY_LOGITS,
+    DIVERGENCES,
+    NO_LOGIT,
+    STATISTICS,
+    VALUES,
+    grown,
+    joined,
+    log_normaliser,
+    no_sums,
+    rise,
+)
 
 SLAB = 4096  # vocabulary entries at a time
-DIVERGENCES = ('forward_kl', 'reverse_kl')
-STATISTICS = (*DIVERGENCES, 'entropy', 'log_sum_squares', 'mean_logit')
 
 _ROWS, _MODEL = P(ROW_AXES), (P(ROW_AXES), P('tensor', 'fsdp'))  # how rows, and a (hidden, head), lie on a mesh
 
@@ -30,7 +41,7 @@ class Reference(NamedTuple):
     """A frozen model over the same vocabulary, of any width: what a KL divergence is measured against."""
 
     hidden: jax.Array  # [R, S, D2]: its hidden states at the same places, in its compute dtype
-    head: jax.Array  # [V, D2]
+    head: jax.Array  # [V, D2], padded as the model's
     softcap: float | None = None
 
 
@@ -42,6 +53,12 @@ class _Plan(NamedTuple):
     reference_softcap: float | None
     slab: int
     mesh: Mesh | None
+    vocabulary: int
+    padded: bool  # whether the head has more rows than the vocabulary
+
+    @property
+    def splits_vocabulary(self) -> bool:
+        return self.mesh is not None and self.mesh.shape['tensor'] > 1
 
 
 def token_statistics(
@@ -52,30 +69,36 @@ def token_statistics(
     statistics: tuple[str, ...] = (),
     reference: Reference | None = None,
     softcap: float | None = None,
+    vocabulary: int | None = None,
     mesh: Mesh | None = None,
     slab: int = SLAB,
 ) -> TokenStatistics:
     """Log-probabilities of `targets`, and the statistics asked for, exact and in float32.
 
     Args:
-      hidden: `[R, S, D]`, in the compute dtype, rows split over the mesh axes `data` and `fsdp`.
-      head: `[V, D]`, one row per vocabulary entry; cast to the compute dtype a slab at a time.
-      targets: `[R, S]` int32 in [0, V).
+      hidden: `[R, S, D]`, in the compute dtype, rows split over the mesh axes `replica`, `data` and `fsdp`.
+      head: `[V, D]`, one row per vocabulary entry, padding behind them, split over `tensor` and `fsdp`; cast to the
+        compute dtype a slab at a time.
+      targets: `[R, S]` int32 in [0, vocabulary).
       statistics: which of STATISTICS to compute beside `logps`, in nats. KL divergences are at least 0, and exactly
         0 where model and reference are the same arrays; else their rounding is about 1e-6 nats. `mean_logit`, the mean
         over the vocabulary (of capped logits where there is a softcap), is what MaPO reads of logits.
       reference: what `forward_kl` and `reverse_kl` compare with; never differentiated, and not read for anything else.
       softcap: logits are `softcap * tanh(logits / softcap)` where given.
+      vocabulary: rows of the heads that are tokens; None: all. Those behind are padding (any finite numbers), of
+        probability 0 and gradient 0.
       mesh: the mesh the arrays live on; None for one device.
-      slab: vocabulary entries held at a time.
+      slab: vocabulary entries that a device holds at a time.
 
     Returns:
       TokenStatistics of shape `[R, S]`; None in the fields that were not asked for.
 
     Raises:
-      InputError: an unknown statistic, a KL without a reference, or a reference with another vocabulary.
+      InputError: an unknown statistic, a KL without a reference, a reference with another vocabulary, a vocabulary that
+        the head does not hold, or a head whose rows do not divide over the mesh's `tensor`.
     """
-    _check(statistics, head, reference)
+    vocabulary = head.shape[0] if vocabulary is None else vocabulary
+    _check(statistics, head, reference, vocabulary, mesh)
     compared = reference is not None and any(name in DIVERGENCES for name in statistics)
     frozen = lax.stop_gradient((reference.hidden, reference.head)) if compared else None
     plan = _Plan(
@@ -84,11 +107,13 @@ def token_statistics(
         reference_softcap=reference.softcap if compared else None,
         slab=slab,
         mesh=mesh if mesh is not None and mesh.size > 1 else None,
+        vocabulary=vocabulary,
+        padded=vocabulary < head.shape[0],
     )
     return TokenStatistics(**_statistics(plan, (hidden, head), frozen, targets))
 
 
-def _check(statistics, head, reference):
+def _check(statistics, head, reference, vocabulary, mesh):
     for name in statistics:
         if name not in STATISTICS:
             raise unknown('statistic of a token', name, STATISTICS)
@@ -97,6 +122,13 @@ def _check(statistics, head, reference):
         if name in DIVERGENCES and reference.head.shape[0] != head.shape[0]:
             sizes = f'the model has {head.shape[0]} entries, the reference {reference.head.shape[0]}'
             raise InputError(f'The statistic {name!r} needs two models with one vocabulary: {sizes}.')
+    if not 1 <= vocabulary <= head.shape[0]:
+        raise InputError(f'The vocabulary is from 1 to the {head.shape[0]} rows of the head, not {vocabulary}.')
+    if mesh is not None and head.shape[0] % mesh.shape['tensor']:
+        raise InputError(
+            f'The head {head.shape} cannot be split over mesh.tensor {mesh.shape["tensor"]}: {head.shape[0]} is not a '
+            'multiple of it. Set model.vocabulary_multiple to pad it.'
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,126 +161,50 @@ def _on_mesh(plan, walk, arguments, result):
 
 def _walk_forward(plan, model, reference, targets):
     """-> values, and the logsumexp of the model's and of the reference's logits (or None), all `[R, S]` float32."""
-    shape, targets = targets.shape, targets.reshape(-1)
+    shape, rows, first = targets.shape, model[1].shape[0], _first_row(plan, model)
+    targets = targets.reshape(-1) - first
 
     def visit(sums, start, size):
-        logits, _, _ = _slab(model, start, size, plan.softcap, plan.mesh)
+        real = _real(plan, first + start, size)
+        logits, _, _ = _slab(plan, model, plan.softcap, start, size, real)
         here, place = _place_in_slab(targets, start, size)
         picked = jnp.take_along_axis(logits, place[:, None], axis=1)[:, 0]
-        new = {'target': jnp.where(here, picked, sums['target'])}
+        sums = sums | {'target': jnp.where(here, picked, sums['target'])}
         if reference is None:
-            return {**new, 'model': _grown(sums['model'], logits)[0]}
-        reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
-        gap = logits - reference_logits
-        new['model'], scale, shares = _grown(sums['model'], logits, gap)
-        new['reference'], reference_scale, reference_shares = _grown(sums['reference'], reference_logits, -gap)
-        moved = sums['excess'] * scale + sums['reference']['total'] * (scale - reference_scale)
-        return {**new, 'excess': moved + (shares - reference_shares).sum(axis=1)}
+            return grown(sums, logits, None, real)
+        return grown(sums, logits, _slab(plan, reference, plan.reference_softcap, start, size, real)[0], real)
 
-    sums = _over_slabs(visit, _no_sums(plan, targets.shape[0]), model[1].shape[0], plan.slab)
-    normaliser = sums['model']['largest'] + jnp.log(sums['model']['total'])
-    rise = None if reference is None else _rise(sums)
+    sums = _over_slabs(visit, no_sums(plan.statistics, targets.shape[0]), rows, plan.slab)
+    sums = joined(sums, 'tensor') if plan.splits_vocabulary else sums
+    normaliser, above = log_normaliser(sums), None if reference is None else rise(sums)
     values = {'logps': sums['target'] - normaliser}
-    values |= {name: _VALUES[name](sums, rise, model[1].shape[0]) for name in plan.statistics}
-    normalisers = (normaliser, None if rise is None else normaliser - rise)
+    values |= {name: VALUES[name](sums, above, plan.vocabulary) for name in plan.statistics}
+    normalisers = (normaliser, None if above is None else normaliser - above)
     return jax.tree.map(lambda array: array.reshape(shape), (values, normalisers))
-
-
-def _no_sums(plan, tokens):
-    """What `_walk_forward` starts from: only the sums that it needs. `excess` is the model's total minus the
-    reference's, summed by itself so that equal models have none, whatever the rounding of either total."""
-    zero = jnp.zeros(tokens, jnp.float32)
-    # Finite: a difference from it times a sum of nothing must be 0.
-    nothing = {'largest': jnp.full(tokens, jnp.finfo(jnp.float32).min / 2), 'total': zero}
-    needed = {'entropy': 'relative', 'log_sum_squares': 'squares', 'mean_logit': 'logits', 'reverse_kl': 'gap'}
-    sums = {'target': zero, 'model': nothing | {needed[name]: zero for name in plan.statistics if name in needed}}
-    if any(name in DIVERGENCES for name in plan.statistics):
-        sums['excess'] = zero
-        sums['reference'] = nothing | ({'gap': zero} if 'forward_kl' in plan.statistics else {})
-    return sums
-
-
-def _grown(sums, logits, gap=None):
-    """One model's sums over the vocabulary with a slab added, the factor the old ones took, and the slab's shares.
-
-    The sums are relative to the largest logit so far, `largest`:
-    total: of e = exp(logit - largest). relative: of e * (logit - largest). squares: of e**2. logits: of logits. gap: of
-    e * gap, where gap is the logit minus that of the other model.
-    """
-    largest = jnp.maximum(sums['largest'], logits.max(axis=1))
-    fall = sums['largest'] - largest
-    scale = jnp.exp(fall)
-    relative = logits - largest[:, None]
-    shares = jnp.exp(relative)
-    grown = {'largest': largest, 'total': sums['total'] * scale + shares.sum(axis=1)}
-    if 'relative' in sums:
-        moved = (sums['relative'] + fall * sums['total']) * scale
-        grown['relative'] = moved + (shares * relative).sum(axis=1)
-    if 'squares' in sums:
-        grown['squares'] = sums['squares'] * scale**2 + (shares**2).sum(axis=1)
-    if 'logits' in sums:
-        grown['logits'] = sums['logits'] + logits.sum(axis=1)
-    if 'gap' in sums:
-        grown['gap'] = sums['gap'] * scale + (shares * gap).sum(axis=1)
-    return grown, scale, shares
-
-
-def _rise(sums):
-    """The model's logsumexp minus the reference's: exactly 0 for equal models."""
-    model, reference = sums['model'], sums['reference']
-    share = sums['excess'] / reference['total']
-    near = jnp.abs(share) < 0.5
-    log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, share, 0.0)), jnp.log(model['total'] / reference['total']))
-    return (model['largest'] - reference['largest']) + log_ratio
-
-
-def _mean(sums, name):
-    """Of what was summed by `name`, under the model's probabilities."""
-    return sums[name] / sums['total']
-
-
-# A statistic by the sums, the rise of logsumexp from reference to model, and the size of the vocabulary.
-_VALUES = {
-    'forward_kl': lambda sums, rise, _: jnp.maximum(_mean(sums['reference'], 'gap') + rise, 0.0),
-    'reverse_kl': lambda sums, rise, _: jnp.maximum(_mean(sums['model'], 'gap') - rise, 0.0),
-    'entropy': lambda sums, *_: jnp.log(sums['model']['total']) - _mean(sums['model'], 'relative'),
-    'log_sum_squares': lambda sums, *_: jnp.minimum(
-        jnp.log(sums['model']['squares']) - 2.0 * jnp.log(sums['model']['total']), 0.0
-    ),
-    'mean_logit': lambda sums, _, vocabulary: sums['model']['logits'] / vocabulary,
-}
-# Its derivative by the logits of a slab, by its value [tokens, 1], the log-probabilities [tokens, slab] under the
-# model and the reference, and the size of the vocabulary. The logarithms are differences of finite numbers, so that a
-# probability that underflows to 0 meets no -inf.
-_BY_LOGITS = {
-    'forward_kl': lambda value, log_p, log_q, _: jnp.exp(log_p) - jnp.exp(log_q),
-    'reverse_kl': lambda value, log_p, log_q, _: jnp.exp(log_p) * (log_p - log_q - value),
-    'entropy': lambda value, log_p, *_: -jnp.exp(log_p) * (log_p + value),
-    'log_sum_squares': lambda value, log_p, *_: 2.0 * (jnp.exp(2.0 * log_p - value) - jnp.exp(log_p)),
-    'mean_logit': lambda value, log_p, _, vocabulary: jnp.full_like(log_p, 1.0 / vocabulary),
-}
 
 
 def _walk_backward(plan, model, reference, targets, values, normalisers, cotangents):
     """-> gradients of the model's hidden `[R, S, D]` and head `[V, D]`, in their dtypes."""
-    (hidden, head), targets = model, targets.reshape(-1)
+    (hidden, head), first = model, _first_row(plan, model)
     shape, dtype, hidden = hidden.shape, hidden.dtype, hidden.reshape(-1, hidden.shape[-1])
+    targets = targets.reshape(-1) - first
     values, normalisers, cotangents = jax.tree.map(lambda x: x.reshape(-1, 1), (values, normalisers, cotangents))
 
     def visit(carry, start, size):
         hidden_gradient, head_gradient = carry
-        logits, slope, part = _slab(model, start, size, plan.softcap, plan.mesh)
+        real = _real(plan, first + start, size)
+        logits, slope, part = _slab(plan, model, plan.softcap, start, size, real)
         log_p, log_q = logits - normalisers[0], None
         if reference is not None:
-            reference_logits, _, _ = _slab(reference, start, size, plan.reference_softcap, plan.mesh)
-            log_q = reference_logits - normalisers[1]
+            log_q = _slab(plan, reference, plan.reference_softcap, start, size, real)[0] - normalisers[1]
         here, place = _place_in_slab(targets, start, size)
         chosen = here[:, None] & (place[:, None] == jnp.arange(size)[None, :])
         by_logits = cotangents['logps'] * (chosen - jnp.exp(log_p))
         for name in plan.statistics:
-            by_logits += cotangents[name] * _BY_LOGITS[name](values[name], log_p, log_q, head.shape[0])
+            by_logits += cotangents[name] * BY_LOGITS[name](values[name], log_p, log_q, plan.vocabulary)
+        by_logits = by_logits * slope if real is None else jnp.where(real, by_logits * slope, 0.0)
         # Cast before the products: they then run in the compute dtype, with float32 accumulation.
-        by_logits = (by_logits * slope).astype(dtype)
+        by_logits = by_logits.astype(dtype)
         hidden_gradient += _matmul(by_logits, part, ((1,), (0,)))
         part_gradient = _matmul(by_logits, hidden, ((0,), (0,)))
         if plan.mesh is not None:
@@ -257,32 +213,44 @@ def _walk_backward(plan, model, reference, targets, values, normalisers, cotange
 
     nothing = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
     hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], plan.slab)
+    if plan.splits_vocabulary:
+        hidden_gradient = lax.psum(hidden_gradient, 'tensor')
     if plan.mesh is not None:
         head_gradient = lax.psum(head_gradient, ('replica', 'data'))
     return hidden_gradient.astype(dtype).reshape(shape), head_gradient.astype(head.dtype)
 
 
-def _over_slabs(visit, carry, vocabulary, slab):
-    """Folds `visit(carry, start, size)` over the vocabulary: whole slabs in a loop, then what is left over."""
-    whole, rest = divmod(vocabulary, slab)
+def _over_slabs(visit, carry, rows, slab):
+    """Folds `visit(carry, start, size)` over rows of a head: whole slabs in a loop, then what is left over."""
+    whole, rest = divmod(rows, slab)
     if whole:
         carry = lax.fori_loop(0, whole, lambda i, c: visit(c, i * slab, slab), carry)
     return visit(carry, whole * slab, rest) if rest else carry
 
 
-def _slab(model, start, size, softcap, mesh):
+def _first_row(plan, model):
+    """The vocabulary entry of the first row of the head that this device holds."""
+    return lax.axis_index('tensor') * model[1].shape[0] if plan.splits_vocabulary else 0
+
+
+def _real(plan, first, size):
+    """`[1, size]`: whether the entries from `first` on are tokens; None where all of the head are."""
+    return (first + jnp.arange(size) < plan.vocabulary)[None, :] if plan.padded else None
+
+
+def _slab(plan, model, softcap, start, size, real):
     """-> float32 logits `[tokens, size]`, their derivative by the uncapped logits, and the slab of the head."""
     hidden, head = model
     part = lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)
-    if mesh is not None:
+    if plan.mesh is not None:
         part = lax.all_gather(part, 'fsdp', axis=1, tiled=True)
-    logits = _matmul(hidden.reshape(-1, hidden.shape[-1]), part, ((1,), (1,)))
-    if softcap is None:
-        return logits, 1.0, part
-    capped = jnp.tanh(logits / softcap)
-    # The minimum changes no number: it keeps the product from being fused, unrounded, with a subtraction that follows,
-    # by which equal models would differ.
-    return jnp.minimum(softcap * capped, softcap), 1.0 - capped**2, part
+    logits, slope = _matmul(hidden.reshape(-1, hidden.shape[-1]), part, ((1,), (1,))), 1.0
+    if softcap is not None:
+        capped = jnp.tanh(logits / softcap)
+        # The minimum changes no number: it keeps the product from being fused, unrounded, with a subtraction that
+        # follows, by which equal models would differ.
+        logits, slope = jnp.minimum(softcap * capped, softcap), 1.0 - capped**2
+    return logits if real is None else jnp.where(real, logits, NO_LOGIT), slope, part
 
 
 def _place_in_slab(targets, start, size):

@@ -85,8 +85,8 @@ def log_probabilities(
         for name in references
     }
     statistics = TokenStatistics(_logps(models.policy, params, batch, models.mesh))
-    bare = batch.replace(columns={}, companions={}, table={})
-    return completions(Scored(statistics, references, (), logps, {}, {}, {}, None, head_weight(params).shape[0]), bare)
+    bare, vocabulary = batch.replace(columns={}, companions={}, table={}), models.policy.architecture.vocabulary
+    return completions(Scored(statistics, references, (), logps, {}, {}, {}, None, vocabulary), bare)
 
 
 def token_table(
@@ -113,8 +113,14 @@ def frozen_params(models: Models, frozen: dict[str, Any], name: str):
 
 def _logps(decoder: Decoder, params, batch: Batch, mesh: Mesh | None) -> jax.Array:
     """Log-probabilities `[R, S]` of a microbatch's scored tokens."""
-    hidden, softcap = _states(decoder, params, batch), decoder.architecture.final_softcap
-    return token_statistics(hidden, head_weight(params), batch.target, softcap=softcap, mesh=mesh).logps
+    hidden, head = _states(decoder, params, batch), head_weight(params)
+    return token_statistics(hidden, head, batch.target, **_of_head(decoder, mesh)).logps
+
+
+def _of_head(decoder: Decoder, mesh: Mesh | None) -> dict[str, Any]:
+    """What `token_statistics` must know of a decoder's head."""
+    architecture = decoder.architecture
+    return {'softcap': architecture.final_softcap, 'vocabulary': architecture.vocabulary, 'mesh': mesh}
 
 
 def scored(
@@ -147,7 +153,7 @@ def scored(
         first.activations if 'activations' in asked else {},
         _masks(objective.token_masks, trained['method'], first.layers) if objective.token_masks else {},
         _prompt_hidden(hidden, batch) if 'prompt_hidden' in asked else None,
-        head.shape[0],
+        models.policy.architecture.vocabulary,
     )
 
 
@@ -155,12 +161,9 @@ def _policy_statistics(models: Models, references, params, found, hidden, head, 
     """The policy's statistics, and by name the divergences asked for between it and each reference."""
     own = tuple(name for name in POLICY_STATISTICS if name in asked)
     between = tuple(name for name in DIVERGENCES if name in asked)
-    softcap = models.policy.architecture.final_softcap
+    of_head = _of_head(models.policy, models.mesh)
     if not between:
-        plain = token_statistics(
-            hidden, head, batch.target, statistics=own, reference=None, softcap=softcap, mesh=models.mesh
-        )
-        return plain, {}
+        return token_statistics(hidden, head, batch.target, statistics=own, **of_head), {}
     divergences: dict[str, dict[str, jax.Array]] = {name: {} for name in between}
     policy = None
     for name in references:
@@ -172,8 +175,7 @@ def _policy_statistics(models: Models, references, params, found, hidden, head, 
             batch.target,
             statistics=(own if policy is None else ()) + between,
             reference=reference,
-            softcap=softcap,
-            mesh=models.mesh,
+            **of_head,
         )
         policy = statistics if policy is None else policy
         for divergence in between:
@@ -212,8 +214,7 @@ def _frozen(decoder: Decoder, params, batch: Batch, mesh: Mesh | None, asked: se
         head_weight(params),
         batch.target,
         statistics=tuple(name for name, is_asked in wanted.items() if is_asked),
-        softcap=decoder.architecture.final_softcap,
-        mesh=mesh,
+        **_of_head(decoder, mesh),
     )
     if activations:
         means['logits'] = statistics.mean_logit[None]

@@ -71,7 +71,7 @@ def test_sharded_equals_oracle(shape):
     rows = NamedSharding(mesh, sharding.ROWS)
     placed = (
         jax.device_put(hidden, rows),
-        jax.device_put(head, NamedSharding(mesh, P(None, 'fsdp'))),
+        jax.device_put(head, NamedSharding(mesh, P('tensor', 'fsdp'))),
         jax.device_put(targets, rows),
         jax.device_put(cotangent, rows),
     )
@@ -206,7 +206,7 @@ def test_sharded_statistics_equal_the_whole_vocabulary(shape, names):
     mesh = tiny_meshes.mesh(*shape)
     hidden, head, targets, _ = inputs(37)
     reference, cotangents = reference_of(37, 2.0), cotangents_of(names)
-    rows, split = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P(None, 'fsdp'))
+    rows, split = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P('tensor', 'fsdp'))
     placed = Reference(jax.device_put(reference.hidden, rows), jax.device_put(reference.head, split), 2.0)
     arrays = (jax.device_put(hidden, rows), jax.device_put(head, split), jax.device_put(targets, rows))
     ours = our_values_and_gradients(*arrays, placed, cotangents, softcap=3.0, slab=8, mesh=mesh)
