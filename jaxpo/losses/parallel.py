@@ -6,23 +6,24 @@ or takes means of them. With its data-parallel form a training loop of your own 
 
     kernel = data_parallel(losses.find('kto'), 'devices')
 
-    def step(params, share):
-        counts = objective.counts_of(*jax.lax.all_gather(weights_of(share), 'devices', tiled=True))
-
+    def step(params, share, pair_weight):
         def loss(params):
-            values, _ = kernel(*completions_of(params, share))
-            return jax.lax.psum((values * pair_weight_of(share)).sum(), 'devices') / counts[kernel.normaliser]
+            chosen, rejected = completions_of(params, share)
+            counts = objective.counts_of(*jax.lax.all_gather((chosen.weights, rejected.weights), 'devices', tiled=True))
+            values, _ = kernel(chosen, rejected)
+            return jax.lax.psum((values * pair_weight).sum() / counts[kernel.normaliser], 'devices')
 
         value, gradient = jax.value_and_grad(loss)(params)
         return value, jax.lax.pmean(gradient, 'devices')
 
-    jax.pmap(step, 'devices', in_axes=(None, 0))
+    jax.pmap(step, 'devices', in_axes=(None, 0, 0))
 
 Value and gradient are those of one device that holds all pairs, also where some devices have more empty slots than
-others, which a mean of the devices' means would not be. The sum is taken inside of what is differentiated, and the mean
-of the gradients outside: under pmap, and under shard_map without `check_vma`, each device's gradient is that of the sum
-of all devices' values by its own copy of the parameters; with `check_vma` it is whole on each already, and the mean
-leaves it. By arrays that are split like the pairs, differentiate the device's own sum, without psum or pmean.
+others, which a mean of the devices' means would not be. The sum over devices is the last thing inside of what is
+differentiated, and the mean of the gradients stands outside: under pmap, and under shard_map with `check_vma=False`, a
+device's gradient is that of the sum of all devices' values by its own copy of the parameters; with `check_vma` it is
+whole on each already, and the mean leaves it. By arrays that are split like the pairs, differentiate the device's own
+sum, without psum or pmean.
 
 An objective of several terms is `dataclasses.replace(objective, terms=...)` with the data-parallel form of each term's
 loss; `objective.evaluate` gives the device's share of the value and of the metrics: psum both as above.
@@ -92,6 +93,6 @@ def _of_all_updated(update_state, axis_name):
     def updated(state, chosen, rejected, **given):
         new = update_state(state, *_gathered((chosen, rejected), axis_name), **given)
         # Equal already; only after a reduction does shard_map know it, and a maximum of equals rounds nothing.
-        return jax.tree.map(lambda value: jax.lax.pmax(value, axis_name), new)
+        return jax.tree.map(lambda value: jax.lax.pmax(value, axis_name), jax.lax.stop_gradient(new))
 
     return updated
