@@ -25,7 +25,7 @@ class Model:
     """Compute dtype of the policy and the references. Master weights and log-probabilities are float32 always."""
     remat: Literal['none', 'dots', 'full'] = 'full'
     """What the backward pass recomputes: nothing, all but matrix products, or each layer whole (least memory)."""
-    attention: Literal['auto', 'xla', 'splash', 'cudnn', 'tokamax'] = 'auto'
+    attention: Literal['auto', 'xla', 'splash', 'cudnn'] = 'auto'
     """Attention kernel. `auto`: splash on a TPU where it can do what the model and the rows ask for, else xla, which
     runs everywhere and takes memory by the square of a row's length. One that cannot is refused."""
     vocabulary_multiple: int = 1

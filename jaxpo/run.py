@@ -17,7 +17,7 @@ from jaxpo.data import audit, rows, sampler, sources
 from jaxpo.data.columns import Wanted
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
-from jaxpo.models import lora
+from jaxpo.models import attention_choice, lora
 from jaxpo.models.architecture import padded
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.lora import Lora
@@ -110,6 +110,22 @@ class Run:
         """Shares that rows are split into."""
         return sharding.row_multiple(self.mesh)
 
+    @property
+    def branches(self) -> int:
+        """Most completions that share a prompt's segment of a row."""
+        return 2 if self.config.rows.layout == 'shared' else 1
+
+    def attention_of(self, pretrained: Pretrained) -> attention_choice.Choice:
+        """The attention kernel of a model. InputError where the one that was named cannot do what is asked of it."""
+        return attention_choice.choose(
+            self.config.model.attention,
+            pretrained.architecture,
+            platform=self.mesh.devices.flat[0].platform,
+            dtype=self.dtype,
+            lengths=self.config.rows.lengths,
+            branches=self.branches,
+        )
+
     def _frozen_model(self, name: str) -> FrozenModel:
         reference, follows = self.config.references[name], name in self.averages
         under_adapter = self.lora is not None and self.copies_policy(name)
@@ -126,8 +142,15 @@ class Run:
 
     def _decoder(self, pretrained: Pretrained, lora: Lora | None) -> Decoder:
         rows_sharding = NamedSharding(self.mesh, sharding.ROWS) if self.mesh.size > 1 else None
-        remat = self.config.model.remat
-        return Decoder(pretrained.architecture, dtype=self.dtype, remat=remat, rows=rows_sharding, lora=lora)
+        return Decoder(
+            pretrained.architecture,
+            dtype=self.dtype,
+            remat=self.config.model.remat,
+            rows=rows_sharding,
+            lora=lora,
+            attention=self.attention_of(pretrained).kernel,
+            branches=self.branches,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +193,8 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     _check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
     run = Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
+    for opened in (pretrained, *references.values()):
+        run.attention_of(opened)
     for name in (None, *settings.references):
         directory = run.adapter_of(name)
         if directory is not None:

@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jaxpo.errors import unknown
 from jaxpo.models.activations import MEANS, STATES, keep_means, keep_state
 from jaxpo.models.architecture import Architecture
-from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
+from jaxpo.models.attention import rotary, rotate
+from jaxpo.models.attention_choice import check
+from jaxpo.models.attention_kernels import Sight, mix, sight, within
 from jaxpo.models.cache import Cache, extended
 from jaxpo.models.lora import Lora, initializer
 
@@ -41,17 +43,10 @@ def _normal_and_zeros(key: jax.Array, shape: tuple[int, int], padding: int) -> j
     return jnp.concatenate([_normal(key, shape), jnp.zeros((padding, shape[1]))])
 
 
-class View(NamedTuple):
-    """Where the call's T tokens may look among S others."""
-
-    mask: jax.Array  # [R, T, S] bool, windows aside
-    distance: jax.Array  # [R, T, S] int32: position of the query minus that of the key
-
-
 class Surroundings(NamedTuple):
-    """What every layer of one call is told: who sees whom, how far apart, and how positions turn heads."""
+    """What every layer of one call is told: who sees whom, and how positions turn heads."""
 
-    views: tuple[View, ...]  # of the cache where there is one, then of the call's own tokens
+    sight: Sight
     cosine: jax.Array  # [R, T, 1, Dh / 2]
     sine: jax.Array
 
@@ -65,6 +60,10 @@ class Decoder(nn.Module):
     It must be given where parameters are split: else XLA may keep hidden states split by width, and devices repeat
     each other's work. With `lora` the parameters must hold the adapters it describes; without, any that they hold are
     off.
+
+    `attention` names a kernel (`attention_choice`); one that the architecture, dtype or row length rule out is
+    an InputError. A call with a cache always takes xla: it has one query to many keys. `branches` is how many
+    completions may share a prompt's segment: those beyond it splash would not tell apart (xla and cudnn would).
     """
 
     architecture: Architecture
@@ -72,6 +71,8 @@ class Decoder(nn.Module):
     remat: str = 'none'
     rows: jax.sharding.NamedSharding | None = None
     lora: Lora | None = None
+    attention: str = 'xla'
+    branches: int = 2
 
     @nn.compact
     def __call__(
@@ -88,6 +89,8 @@ class Decoder(nn.Module):
         added to it, and the result is (hidden, new cache); the caller keeps `used + T` within its slots.
         """
         architecture = self.architecture
+        kernel = self.attention if cache is None else 'xla'
+        check(kernel, architecture, dtype=self.dtype, lengths=tokens.shape[1:], branches=self.branches)
         shape = (architecture.vocabulary, architecture.width)
         embedding = self.param('embedding', _normal_and_zeros, shape, architecture.padding)
         if not architecture.tied:
@@ -98,13 +101,14 @@ class Decoder(nn.Module):
         keep_means(self, 'residual', hidden)
 
         place = (positions, segment, branch)
-        views, past = (_view(place, place),), None
+        cached, past = None, None
         if cache is not None:
             cached = (cache.positions, cache.segment, jnp.zeros_like(cache.segment))
-            views, past = (_view(place, cached), *views), (cache.key, cache.value)
-        surroundings = Surroundings(views, *rotary(architecture, positions))
+            past = (cache.key, cache.value)
+        seen = sight(kernel, place, cached, self.branches)
+        surroundings = Surroundings(seen, *rotary(architecture, positions))
         layers = _scanned(self.remat, architecture.layers)(
-            architecture, self.dtype, self.rows, self.lora, name='layers'
+            architecture, self.dtype, self.rows, self.lora, kernel, name='layers'
         )
         hidden, new = layers(hidden, past, _windows(architecture), surroundings)
         hidden = _norm(self, 'final_norm', hidden)
@@ -119,6 +123,7 @@ class Layer(nn.Module):
     dtype: Any
     rows: jax.sharding.NamedSharding | None
     lora: Lora | None
+    kernel: str
 
     @nn.compact
     def __call__(
@@ -128,11 +133,9 @@ class Layer(nn.Module):
         window: jax.Array | None,
         surroundings: Surroundings,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        if window is not None:
-            views = tuple(view._replace(mask=view.mask & (view.distance < window)) for view in surroundings.views)
-            surroundings = surroundings._replace(views=views)
+        surroundings = surroundings._replace(sight=within(surroundings.sight, window))
         normed = _norm(self, 'attention_norm', hidden)
-        attention = Attention(self.architecture, self.dtype, self.rows, self.lora, name='attention')
+        attention = Attention(self.architecture, self.dtype, self.rows, self.lora, self.kernel, name='attention')
         update, new = attention(normed, past, surroundings)
         if self.architecture.post_norms:
             update = _norm(self, 'attention_post_norm', update)
@@ -155,6 +158,7 @@ class Attention(nn.Module):
     dtype: Any
     rows: jax.sharding.NamedSharding | None
     lora: Lora | None
+    kernel: str
 
     @nn.compact
     def __call__(
@@ -173,9 +177,7 @@ class Attention(nn.Module):
         query = rotate(query, surroundings.cosine, surroundings.sine)
         key = rotate(key, surroundings.cosine, surroundings.sine)
         new = (key, value)
-        tensors = (new,) if past is None else (past, new)
-        parts = [Keys(*pair, view.mask) for pair, view in zip(tensors, surroundings.views)]
-        mixed = attend(query, parts, scale=architecture.query_scale, softcap=architecture.attention_softcap)
+        mixed = mix(self.kernel, query, new, past, surroundings.sight, architecture, self.rows)
         keep_means(self, 'attention', query, key, mixed)
         update = _linear(self, 'output', mixed, architecture.width, architecture.output_bias)
         return update, None if past is None else new
@@ -294,7 +296,3 @@ def _windows(architecture: Architecture) -> jax.Array | None:
         return None
     unlimited = jnp.iinfo(jnp.int32).max
     return jnp.asarray([window or unlimited for window in architecture.windows], jnp.int32)
-
-
-def _view(query: tuple[jax.Array, ...], key: tuple[jax.Array, ...]) -> View:
-    return View(visible(query, key), query[0][:, :, None] - key[0][:, None, :])
