@@ -26,6 +26,7 @@ from jaxpo.models.attention import rotary, rotate
 from jaxpo.models.attention_choice import check
 from jaxpo.models.attention_kernels import Sight, mix, sight, within
 from jaxpo.models.cache import Cache, extended
+from jaxpo.models.embedding import looked_up
 from jaxpo.models.lora import Lora, initializer
 
 REMAT_POLICIES = {
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
         if not architecture.tied:
             # Applied elsewhere, but made and checked with the rest.
             self.param('head', _normal_and_zeros, shape, architecture.padding)
-        hidden = _pin(jnp.take(embedding, tokens, axis=0).astype(self.dtype), _looked_up(self.rows))
+        hidden = looked_up(embedding, tokens, self.dtype, self.rows)
         hidden = _pin(hidden * jnp.asarray(architecture.embedding_scale, self.dtype), self.rows)
         keep_means(self, 'residual', hidden)
 
@@ -222,17 +223,6 @@ def head_weight(params: dict[str, Any]) -> jax.Array:
 
 def _pin(hidden: jax.Array, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
     return hidden if sharding is None else jax.lax.with_sharding_constraint(hidden, sharding)
-
-
-def _looked_up(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
-    """How rows of a table split by width lie before each device trades its slice of width for its share of rows.
-
-    Without this stop on the way, XLA gathers the whole batch on every device, forward and backward.
-    """
-    if rows is None:
-        return None
-    *others, width = rows.spec[0]
-    return jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec(tuple(others), None, width))
 
 
 def _by_heads(rows: jax.sharding.NamedSharding | None) -> jax.sharding.NamedSharding | None:
