@@ -86,7 +86,7 @@ def open_checkpoints(directory: storage.Path, keep: int) -> Iterator[Checkpoints
 def check_room(directory: storage.Path, shapes: TrainState, keep: int) -> None:
     """InputError where the disk cannot hold `keep` checkpoints and the one being written, or a bucket takes no file."""
     if storage.is_remote(directory):
-        storage.round_trip(directory)
+        storage.check_writable(directory)
         return
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_saved(shapes))) * (keep + 1)
     existing, free = storage.free_bytes(directory)

@@ -58,6 +58,7 @@ def evaluate(experiment: Experiment) -> None:
     pairs = read_pairs(run)
     if not pairs.evaluation:
         raise InputError('data.evaluation names no pairs to evaluate on.')
+    processes.decide(lambda: storage.check_writable(run.directory))
     pairs, _ = tabulate.attach(run, dataclasses.replace(pairs, train=[]))
     state = _newest(run, pairs)
     step = int(state.step)
@@ -72,6 +73,7 @@ def sample(experiment: Experiment) -> None:
     """Samples completions of prompts, one JSON line each; and best-against-worst pairs, where the config asks."""
     run = prepare(experiment)
     prompts = _prompts(run)
+    processes.decide(lambda: storage.check_writable(run.directory))
     newest = run.config.sample.policy == 'newest'
     state = _policy(run) if newest else load_start(run, references=False)
     completions = run.config.sample.completions

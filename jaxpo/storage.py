@@ -82,6 +82,12 @@ def absolute(directory: Path) -> Path:
     return directory if is_remote(directory) else directory.absolute()
 
 
+def check_writable(directory: Path) -> None:
+    """InputError where a bucket takes no files: to be asked before what is to be written there is computed."""
+    if is_remote(directory):
+        round_trip(directory)
+
+
 def round_trip(directory: Path) -> dict[str, float]:
     """Writes a small file into `directory`, reads it back and deletes it.
 
@@ -95,19 +101,32 @@ def round_trip(directory: Path) -> dict[str, float]:
     steps = {'write': lambda: probe.write_bytes(written), 'read': probe.read_bytes, 'delete': probe.unlink}
     for name, act in steps.items():
         started = time.monotonic()
-        try:
+        with said_plainly(directory, f'cannot {name} a file there'):
             found = act()
-        except Exception as error:  # of the file system, the network, the credentials: each has classes of its own
-            said = f'{directory}: cannot {name} a file there ({_reason(error)}).'
-            raise InputError(said + _hint(directory)) from error
         if name == 'read' and found != written:
             raise InputError(f'{directory}: a file that was just written there reads otherwise.')
         seconds[name] = time.monotonic() - started
     return seconds
 
 
-def _reason(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'[:300].replace('\n', ' ')
+@contextlib.contextmanager
+def said_plainly(directory: Path, what: str = 'cannot be read') -> Iterator[None]:
+    """Turns what a file system, the network or the credentials object to into an InputError that says what to check."""
+    try:
+        yield
+    except _failures(directory) as error:
+        reason = f'{type(error).__name__}: {error}'[:300].replace('\n', ' ')
+        raise InputError(f'{directory}: {what} ({reason}).{_hint(directory)}') from error
+
+
+def _failures(directory: Path) -> tuple[type[Exception], ...]:
+    if not is_remote(directory):
+        return (OSError,)
+    import aiohttp
+    import google.auth.exceptions
+    from gcsfs.retry import HttpError
+
+    return OSError, HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
 
 
 def _hint(directory: Path) -> str:

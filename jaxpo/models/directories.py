@@ -43,7 +43,7 @@ def _obstacle(directory: storage.Path, size: int) -> str | None:
         return f'{directory} exists and is not empty: choose another export directory or remove it.'
     if storage.is_remote(directory):
         try:
-            storage.round_trip(directory)
+            storage.check_writable(directory)
         except InputError as error:
             return str(error)
         parent = pathlib.Path(tempfile.gettempdir())

@@ -58,19 +58,21 @@ def open_table(root: str | os.PathLike, identity: Mapping[str, Any], statistic: 
       statistic: one of TABLE_STATISTICS; nats, one number a completion token.
 
     Raises:
-      InputError: the directory belongs to another identity, or a shard is damaged or contradicts another.
+      InputError: the directory belongs to another identity or cannot be read, or a shard is damaged or contradicts
+        another.
     """
     if statistic not in TABLE_STATISTICS:
         raise unknown('table statistic', statistic, TABLE_STATISTICS)
     root = storage.path(root)
     if not storage.is_remote(root):
         root = root.expanduser()
-    if root.exists() and not root.is_dir():
-        raise InputError(f'tables: {root} is a file. Name a directory.')
+        if root.exists() and not root.is_dir():
+            raise InputError(f'tables: {root} is a file. Name a directory.')
     described = {'identity': dict(identity), 'statistic': statistic, 'format': FORMAT}
     canonical = json.dumps(described, sort_keys=True, allow_nan=False)
     directory = root / hashlib.sha256(canonical.encode()).hexdigest()[:32]
-    return Table(directory, json.loads(canonical))
+    with storage.said_plainly(root):
+        return Table(directory, json.loads(canonical))
 
 
 class Table:
@@ -114,8 +116,7 @@ class Table:
 
     def check_writable(self) -> None:
         """InputError where the table's bucket takes no file: to be asked before anything is computed for it."""
-        if storage.is_remote(self.directory):
-            storage.round_trip(self.directory)
+        storage.check_writable(self.directory)
 
     def write(self, keys: Sequence[bytes], values: Sequence[np.ndarray]) -> None:
         """Adds rows as one shard: all of them or, should the process end, none. Rows that are there stay as they are.
