@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: settings from one file, checks, and commands that --dry-run prints instead.
-# It runs under the bash 3.2 of macOS.
+# Written for the bash 3.2 of macOS too: no associative arrays, no mapfile, no bare expansion of an empty array.
 
 readonly SETTINGS=(
   PROJECT ZONE TPU_NAME PROVIDER MODE WORKERS BUCKET SERVICE_ACCOUNT

@@ -8,8 +8,8 @@
 #   worker.sh log NAME LINES                                prints the last lines of its output
 #
 # A run lives in ~/jaxpo_runs/NAME: pid, log, exit (its exit code) and lock, which the command holds while it runs, so
-# that a process id of long ago is never mistaken for it. Nothing outside ~/jaxpo*, ~/.local/bin/uv and uv's and pip's
-# caches is written.
+# that a process id of long ago is never mistaken for it. Nothing is written outside ~/jaxpo* and uv's own places in
+# ~/.local and ~/.cache.
 
 set -euo pipefail
 
@@ -31,7 +31,7 @@ setup() {
   install_uv "$4"
   "$UV" venv --quiet --allow-existing --python "$3" "$ENVIRONMENT"
   "$UV" pip install --quiet --python "$ENVIRONMENT/bin/python" \
-    --requirement "$CODE_DIRECTORY/requirements-tpu.txt" --editable "$CODE_DIRECTORY"
+    --requirements "$CODE_DIRECTORY/requirements-tpu.txt" --editable "$CODE_DIRECTORY"
   printf 'jaxpo-worker %s ready\n' "$(hostname)"
 }
 
