@@ -59,7 +59,8 @@ def check(kernel: str, architecture: Architecture, *, dtype: Any, lengths: Seque
         raise unknown('attention kernel', kernel, KERNELS)
     obstacle = refusal(kernel, architecture, dtype=dtype, lengths=lengths, branches=branches)
     if obstacle is not None:
-        raise InputError(f'model.attention {kernel}: {obstacle}. {NEAREST}')
+        model = f'{architecture.family} of {architecture.layers} layers'  # a run may have several models
+        raise InputError(f'model.attention {kernel}, {model}: {obstacle}. {NEAREST}')
 
 
 def refusal(

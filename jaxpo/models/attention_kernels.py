@@ -179,6 +179,8 @@ def cudnn(
     """Attention `[R, T, H, Dh]` of bfloat16 heads `[R, T, H or K, Dh]` under `mask` `[R, T, T]` on an NVIDIA GPU.
 
     The mask becomes a bias of each head's scores: memory goes by the square of a row, as with xla.
+
+    Unverified: seen on no GPU yet; what the library is told is tested against dense attention.
     """
 
     def local(query, key, value, mask):
