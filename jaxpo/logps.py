@@ -56,9 +56,9 @@ class _Plan(NamedTuple):
     vocabulary: int
     padded: bool  # whether the head has more rows than the vocabulary
 
-    @property
-    def splits_vocabulary(self) -> bool:
-        return self.mesh is not None and self.mesh.shape['tensor'] > 1
+    def splits(self, *axes: str) -> bool:
+        """Whether there are several devices along these axes of the mesh."""
+        return self.mesh is not None and any(self.mesh.shape[axis] > 1 for axis in axes)
 
 
 def token_statistics(
@@ -175,7 +175,7 @@ def _walk_forward(plan, model, reference, targets):
         return grown(sums, logits, _slab(plan, reference, plan.reference_softcap, start, size, real)[0], real)
 
     sums = _over_slabs(visit, no_sums(plan.statistics, targets.shape[0]), rows, plan.slab)
-    sums = joined(sums, 'tensor') if plan.splits_vocabulary else sums
+    sums = joined(sums, 'tensor') if plan.splits('tensor') else sums
     normaliser, above = log_normaliser(sums), None if reference is None else rise(sums)
     values = {'logps': sums['target'] - normaliser}
     values |= {name: VALUES[name](sums, above, plan.vocabulary) for name in plan.statistics}
@@ -207,15 +207,15 @@ def _walk_backward(plan, model, reference, targets, values, normalisers, cotange
         by_logits = by_logits.astype(dtype)
         hidden_gradient += _matmul(by_logits, part, ((1,), (0,)))
         part_gradient = _matmul(by_logits, hidden, ((0,), (0,)))
-        if plan.mesh is not None:
+        if plan.splits('fsdp'):
             part_gradient = lax.psum_scatter(part_gradient, 'fsdp', scatter_dimension=1, tiled=True)
         return hidden_gradient, lax.dynamic_update_slice(head_gradient, part_gradient, (start, 0))
 
     nothing = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
     hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], plan.slab)
-    if plan.splits_vocabulary:
+    if plan.splits('tensor'):
         hidden_gradient = lax.psum(hidden_gradient, 'tensor')
-    if plan.mesh is not None:
+    if plan.splits('replica', 'data'):
         head_gradient = lax.psum(head_gradient, ('replica', 'data'))
     return hidden_gradient.astype(dtype).reshape(shape), head_gradient.astype(head.dtype)
 
@@ -230,7 +230,7 @@ def _over_slabs(visit, carry, rows, slab):
 
 def _first_row(plan, model):
     """The vocabulary entry of the first row of the head that this device holds."""
-    return lax.axis_index('tensor') * model[1].shape[0] if plan.splits_vocabulary else 0
+    return lax.axis_index('tensor') * model[1].shape[0] if plan.splits('tensor') else 0
 
 
 def _real(plan, first, size):
@@ -242,7 +242,7 @@ def _slab(plan, model, softcap, start, size, real):
     """-> float32 logits `[tokens, size]`, their derivative by the uncapped logits, and the slab of the head."""
     hidden, head = model
     part = lax.dynamic_slice_in_dim(head, start, size).astype(hidden.dtype)
-    if plan.mesh is not None:
+    if plan.splits('fsdp'):
         part = lax.all_gather(part, 'fsdp', axis=1, tiled=True)
     logits, slope = _matmul(hidden.reshape(-1, hidden.shape[-1]), part, ((1,), (1,))), 1.0
     if softcap is not None:

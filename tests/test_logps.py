@@ -1,4 +1,4 @@
-"""The log-prob primitive against float64 NumPy, on one device and on meshes."""
+"""The log-prob primitive against float64 NumPy, and what it compiles to."""
 
 import re
 
@@ -9,14 +9,23 @@ import pytest
 import tiny_meshes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny_heads import (
+    REFERENCE_WIDTH,
+    ROWS,
+    SCORED,
+    WIDTH,
+    assert_equal,
+    cotangents_of,
+    inputs,
+    naive_values_and_gradients,
+    our_values_and_gradients,
+    padded,
+    reference_of,
+)
 
 from jaxpo import sharding
 from jaxpo.errors import InputError
-from jaxpo.logps import STATISTICS, Reference, token_statistics
-
-ROWS, SCORED, WIDTH, REFERENCE_WIDTH = 8, 6, 16, 24
-DIVERGENCES = ('forward_kl', 'reverse_kl')
-EXACT = {'rtol': 2e-5, 'atol': 2e-5}
+from jaxpo.logps import DIVERGENCES, STATISTICS, Reference, token_statistics
 
 
 def oracle(hidden, head, targets, cotangent, softcap):
@@ -36,16 +45,6 @@ def oracle(hidden, head, targets, cotangent, softcap):
     return logps, hidden_gradient, head_gradient
 
 
-def inputs(vocabulary, seed=0):
-    random = np.random.default_rng(seed)
-    hidden = random.normal(size=(ROWS, SCORED, WIDTH)).astype(np.float32)
-    head = random.normal(size=(vocabulary, WIDTH)).astype(np.float32)
-    targets = random.integers(0, vocabulary, (ROWS, SCORED)).astype(np.int32)
-    targets[0, :2] = 0, vocabulary - 1
-    cotangent = random.normal(size=(ROWS, SCORED)).astype(np.float32)
-    return hidden, head, targets, cotangent
-
-
 def values_and_gradients(hidden, head, targets, cotangent, **options):
     def scalar(hidden, head):
         logps = token_statistics(hidden, head, targets, **options).logps
@@ -61,22 +60,6 @@ def test_equals_float64_oracle(vocabulary, slab, softcap):
     arrays = inputs(vocabulary)
     results = values_and_gradients(*arrays, softcap=softcap, slab=slab)
     for ours, theirs in zip(results, oracle(*arrays, softcap)):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_sharded_equals_oracle(shape):
-    mesh = tiny_meshes.mesh(*shape)
-    hidden, head, targets, cotangent = inputs(37)
-    rows = NamedSharding(mesh, sharding.ROWS)
-    placed = (
-        jax.device_put(hidden, rows),
-        jax.device_put(head, NamedSharding(mesh, P('tensor', 'fsdp'))),
-        jax.device_put(targets, rows),
-        jax.device_put(cotangent, rows),
-    )
-    results = values_and_gradients(*placed, softcap=3.0, slab=8, mesh=mesh)
-    for ours, theirs in zip(results, oracle(hidden, head, targets, cotangent, 3.0)):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
@@ -108,67 +91,6 @@ def test_compiles_to_no_buffer_of_tokens_by_vocabulary():
     assert not [size for size in sizes if np.prod(size) >= tokens * 1031]
 
 
-def naive(hidden, head, reference, softcap, name):
-    """A statistic `[R, S]` of the whole vocabulary at once, as its definition has it."""
-
-    def logits_of(hidden, head, softcap):
-        logits = jnp.einsum('rsd,vd->rsv', hidden, head)
-        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-    logits = logits_of(hidden, head, softcap)
-    log_p = jax.nn.log_softmax(logits)
-    log_q = jax.nn.log_softmax(logits_of(*reference)) if name in DIVERGENCES else None
-    return {
-        'forward_kl': lambda: (jnp.exp(log_q) * (log_q - log_p)).sum(-1),
-        'reverse_kl': lambda: (jnp.exp(log_p) * (log_p - log_q)).sum(-1),
-        'entropy': lambda: -(jnp.exp(log_p) * log_p).sum(-1),
-        'log_sum_squares': lambda: jax.nn.logsumexp(2 * log_p, axis=-1),
-        'mean_logit': lambda: logits.mean(-1),
-    }[name]()
-
-
-def naive_values_and_gradients(hidden, head, reference, cotangents, softcap=None):
-    """Statistics and the gradients of sum(cotangents * statistics) by hidden and head, differentiated in float64."""
-    wide = [np.asarray(array, np.float64) for array in (hidden, head, *reference[:2])]
-    cotangents = {name: np.asarray(array, np.float64) for name, array in cotangents.items()}
-
-    def scalar(hidden, head, *frozen):
-        values = {name: naive(hidden, head, (*frozen, reference.softcap), softcap, name) for name in cotangents}
-        return sum((cotangents[name] * values[name]).sum() for name in values), values
-
-    with jax.enable_x64(True):
-        (_, values), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(*wide)
-        return jax.tree.map(np.asarray, (values, gradients))
-
-
-def our_values_and_gradients(hidden, head, targets, reference, cotangents, **options):
-    def scalar(hidden, head, *frozen):
-        given = Reference(*frozen, reference.softcap) if frozen else None
-        asked = {'statistics': tuple(cotangents), 'reference': given}
-        statistics = token_statistics(hidden, head, targets, **asked, **options)
-        values = {name: getattr(statistics, name) for name in cotangents}
-        return sum((cotangents[name] * values[name]).sum() for name in values), values
-
-    frozen = () if reference is None else reference[:2]
-    (_, values), gradients = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head, *frozen)
-    return values, gradients
-
-
-def reference_of(vocabulary, softcap=None, seed=1):
-    random = np.random.default_rng(seed)
-    hidden = random.normal(size=(ROWS, SCORED, REFERENCE_WIDTH)).astype(np.float32)
-    return Reference(hidden, random.normal(size=(vocabulary, REFERENCE_WIDTH)).astype(np.float32), softcap)
-
-
-def cotangents_of(names, seed=2):
-    random = np.random.default_rng(seed)
-    return {name: random.normal(size=(ROWS, SCORED)).astype(np.float32) for name in names}
-
-
-def assert_equal(ours, theirs, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or EXACT)), ours, theirs)
-
-
 @pytest.mark.parametrize(
     'vocabulary, slab, softcap, reference_softcap',
     [(37, 8, None, None), (37, 8, 3.0, None), (32, 8, 2.0, 3.0), (5, 8, 2.0, 3.0), (37, 37, None, 3.0)],
@@ -192,36 +114,20 @@ def test_one_statistic_is_computed_alone(name):
     np.testing.assert_array_equal(result.logps, token_statistics(hidden, head, targets, softcap=3.0, slab=8).logps)
 
 
-@pytest.mark.parametrize(
-    'shape, names',
-    [
-        ((8, 1), STATISTICS),
-        ((2, 4), STATISTICS),
-        ((1, 8), STATISTICS),
-        ((2, 4), ('entropy',)),
-        ((2, 4), ('forward_kl',)),
-    ],
-)
-def test_sharded_statistics_equal_the_whole_vocabulary(shape, names):
-    mesh = tiny_meshes.mesh(*shape)
-    hidden, head, targets, _ = inputs(37)
-    reference, cotangents = reference_of(37, 2.0), cotangents_of(names)
-    rows, split = NamedSharding(mesh, sharding.ROWS), NamedSharding(mesh, P('tensor', 'fsdp'))
-    placed = Reference(jax.device_put(reference.hidden, rows), jax.device_put(reference.head, split), 2.0)
-    arrays = (jax.device_put(hidden, rows), jax.device_put(head, split), jax.device_put(targets, rows))
-    ours = our_values_and_gradients(*arrays, placed, cotangents, softcap=3.0, slab=8, mesh=mesh)
-    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, 3.0))
-
-
 @pytest.mark.parametrize('names', [DIVERGENCES, ('forward_kl',), ('reverse_kl',)])
 @pytest.mark.parametrize(
     'shape, slab, dtype, softcap',
-    [(None, 1031, jnp.float32, None), (None, 100, jnp.bfloat16, 3.0), ((2, 4), 100, jnp.float32, None)],
+    [
+        (None, 1031, jnp.float32, None),
+        (None, 100, jnp.bfloat16, 3.0),
+        ({'data': 2, 'fsdp': 2, 'tensor': 2}, 100, jnp.float32, None),
+    ],
 )
 def test_a_model_diverges_from_itself_by_exactly_nothing(shape, slab, dtype, softcap, names):
     """No rounding in the value, and none in the gradient, whatever the slabs, at large and at small logits."""
-    mesh = None if shape is None else tiny_meshes.mesh(*shape)
+    mesh = None if shape is None else tiny_meshes.mesh(**shape)
     hidden, head, targets, _ = inputs(1031)
+    head = padded(head, 1032)
     hidden = jnp.asarray(hidden * np.array([1e-3, 1, 30, 1e3] * 2, np.float32).reshape(8, 1, 1), dtype)
     ours = our_values_and_gradients(
         hidden,
@@ -230,6 +136,7 @@ def test_a_model_diverges_from_itself_by_exactly_nothing(shape, slab, dtype, sof
         Reference(hidden, head, softcap),
         cotangents_of(names),
         softcap=softcap,
+        vocabulary=1031,
         mesh=mesh,
         slab=slab,
     )
@@ -326,6 +233,43 @@ def test_statistics_compile_to_no_buffer_of_tokens_by_vocabulary():
     assert not [size for size in sizes if np.prod(size) >= ROWS * SCORED * 1031]
 
 
+def test_a_mesh_compiles_to_one_slab_at_a_time_and_one_message_of_sums():
+    """Devices gather no more of the head than a slab, which they scatter the gradient of, and hold no logits but its.
+
+    With 4 shares of 48 rows and 2 of 1031 entries and padding, a device has 12 tokens and 516 entries.
+    """
+    mesh = tiny_meshes.mesh(data=2, fsdp=2, tensor=2)
+    rows, split = (NamedSharding(mesh, spec) for spec in (sharding.ROWS, P('tensor', 'fsdp')))
+    hidden = jax.ShapeDtypeStruct((ROWS, SCORED, WIDTH), jnp.float32, sharding=rows)
+    head = jax.ShapeDtypeStruct((1032, WIDTH), jnp.float32, sharding=split)
+    targets = jax.ShapeDtypeStruct((ROWS, SCORED), jnp.int32, sharding=rows)
+
+    def gradients(hidden, head, targets, weights):
+        options = {'statistics': ('entropy',), 'vocabulary': 1031, 'mesh': mesh, 'slab': 43}
+
+        def scalar(hidden, head):
+            result = token_statistics(hidden, head, targets, **options)
+            return (weights * (result.logps + result.entropy)).sum()
+
+        return jax.grad(scalar, argnums=(0, 1))(hidden, head)
+
+    weights = jax.ShapeDtypeStruct((ROWS, SCORED), jnp.float32, sharding=rows)
+    lowered = jax.jit(gradients, out_shardings=(rows, split)).lower(hidden, head, targets, weights)
+    text = lowered.compile().as_text()
+    collectives = re.findall(r'= (.*?)\{.*? (all-gather|reduce-scatter|all-reduce|all-to-all)\(', text)
+    assert sorted(collectives) == [
+        ('f32[12,16]', 'all-reduce'),  # the gradient of hidden states, over tensor
+        ('f32[12]', 'all-reduce'),  # largest logits
+        ('f32[36]', 'all-reduce'),  # sums: targets' logits, totals and what the entropy needs
+        ('f32[43,16]', 'all-gather'),
+        ('f32[43,16]', 'all-gather'),
+        ('f32[43,8]', 'reduce-scatter'),
+        ('f32[516,8]', 'all-reduce'),  # the gradient of the head, over data
+    ]
+    sizes = [np.prod([int(size) for size in dims.split(',')]) for dims in re.findall(r'\b\w+\[([\d,]+)\]', text)]
+    assert max(sizes) < 12 * 516
+
+
 def test_a_bad_request_is_refused():
     hidden, head, targets, _ = inputs(37)
     with pytest.raises(InputError, match="'entropi'. Did you mean 'entropy'"):
@@ -334,3 +278,7 @@ def test_a_bad_request_is_refused():
         token_statistics(hidden, head, targets, statistics=('reverse_kl',))
     with pytest.raises(InputError, match='the model has 37 entries, the reference 36'):
         token_statistics(hidden, head, targets, statistics=('forward_kl',), reference=reference_of(36))
+    with pytest.raises(InputError, match='from 1 to the 37 rows of the head, not 38'):
+        token_statistics(hidden, head, targets, vocabulary=38)
+    with pytest.raises(InputError, match='over mesh.tensor 2: 37 is not a multiple of it. Set model.vocabulary_mult'):
+        token_statistics(hidden, head, targets, mesh=tiny_meshes.mesh(tensor=2))
