@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from jaxpo import catalogue, commands, mixture_catalogue, processes
+from jaxpo import catalogue, commands, doctor, mixture_catalogue, processes
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.train import train
@@ -52,6 +52,7 @@ TOOLS = {
     'mixtures': Tool(
         mixture_catalogue.show_mixtures, '[NAME]', 'list how references are mixed and weighed, or show one'
     ),
+    'doctor': Tool(doctor.doctor, '[--help]', 'check this machine: packages, devices, hosts, directories'),
     'check': Tool(catalogue.check, 'NAME', 'check a loss, yours (FILE.py:LOSS) or a registered one'),
 }
 COMMANDS = {

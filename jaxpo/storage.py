@@ -7,6 +7,7 @@ into memory, keeps it in a local temporary directory and copies.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -112,11 +113,16 @@ def round_trip(directory: Path) -> dict[str, float]:
 @contextlib.contextmanager
 def said_plainly(directory: Path, what: str = 'cannot be read') -> Iterator[None]:
     """Turns what a file system, the network or the credentials object to into an InputError that says what to check."""
+    log = logging.getLogger('gcsfs')  # it would print every failure with a trace of its own
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     except _failures(directory) as error:
         reason = f'{type(error).__name__}: {error}'[:300].replace('\n', ' ')
         raise InputError(f'{directory}: {what} ({reason}).{_hint(directory)}') from error
+    finally:
+        log.setLevel(level)
 
 
 def _failures(directory: Path) -> tuple[type[Exception], ...]:

@@ -13,6 +13,8 @@ FLOORS = {
     'types': 0,
     'config': 0,
     'processes': 1,
+    'roll_call': 2,
+    'health': 3,
     'sharding': 1,
     'storage': 1,
     'vocabulary': 1,
@@ -45,6 +47,7 @@ FLOORS = {
     'report': 13,
     'commands': 14,
     'train': 14,
+    'doctor': 8,
     'cli': 15,
     '__main__': 16,
 }
