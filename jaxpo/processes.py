@@ -31,7 +31,7 @@ SECONDS_TO_START = 25.0  # for the backend of a lone process; several wait for e
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_LEAVE = 5.0  # how long the coordinator stays for the others to read why all end
 NAMES = {'cpu': ('cpu',), 'gpu': ('gpu', 'cuda', 'rocm'), 'tpu': ('tpu',)}  # as JAX_PLATFORMS has them
-CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin', 'jax_rocm7_plugin', 'jax_rocm60_plugin')
+CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 
 _FAILURE, _LEAVING = 'jaxpo/failure', 'jaxpo/leaving'
 _leaving = threading.Lock()  # taken once, by the thread that ends the process
@@ -111,14 +111,15 @@ def _ask_for(platform: str) -> str | None:
     named = (jax.config.jax_platforms or '').split(',')[0]
     asked = next((name for name, spellings in NAMES.items() if named in spellings), None)
     if platform == 'any':
-        return asked
+        platform = asked
     if named and asked != platform:
         raise InputError(
             f'processes.platform is {platform}, but JAX_PLATFORMS={jax.config.jax_platforms} asks for another. '
             'Unset one of them.'
         )
-    if not named:
+    if platform is not None and named != 'rocm':
         _check_installed(platform)
+    if platform is not None and not named:
         # Named, a backend that does not come up says why; unnamed, JAX would go on with the CPU.
         names = {'cpu': 'cpu', 'gpu': 'cuda,cpu', 'tpu': 'tpu,cpu'}
         jax.config.update('jax_platforms', names[platform])
@@ -127,19 +128,18 @@ def _ask_for(platform: str) -> str | None:
 
 def _check_installed(platform: str) -> None:
     if platform == 'tpu' and not _installed('libtpu') and 'TPU_LIBRARY_PATH' not in os.environ:
-        raise InputError("processes.platform is tpu, but libtpu is not installed: pip install 'jaxpo[tpu]'.")
+        raise InputError("The tpu was asked for, but libtpu is not installed: pip install 'jaxpo[tpu]'.")
     if platform == 'gpu' and not any(map(_installed, CUDA_PLUGINS)):
-        raise InputError("processes.platform is gpu, but JAX has no CUDA plugin: pip install 'jaxpo[cuda]'.")
+        raise InputError("The gpu was asked for, but JAX has no CUDA plugin: pip install 'jaxpo[cuda]'.")
 
 
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a mere folder of that name has none
 
 
 def _join(settings: config.Processes, launcher: str, saves_when_told: bool) -> None:
     """Waits until all processes are there, and from then on looks whether one of them has failed."""
-    # Where nobody asks for it, a SIGTERM that is only noted would keep the process alive until it is killed.
-    jax.config.update('jax_enable_preemption_service', saves_when_told)
     where: dict[str, Any] = {}
     if launcher == 'settings':
         if settings.index == 0:
@@ -157,6 +157,8 @@ def _join(settings: config.Processes, launcher: str, saves_when_told: bool) -> N
         f'processes: not all of them ({told}) had arrived after {settings.start_seconds} s (processes.start_seconds). '
         'Is each started, with its own processes.index, and does it reach the first?'
     )
+    # Where nobody asks for it, a SIGTERM that is only noted would keep the process alive until it is killed.
+    jax.config.update('jax_enable_preemption_service', saves_when_told)
     with _within(settings.start_seconds, late):
         jax.distributed.initialize(
             **where,
