@@ -169,17 +169,24 @@ def _mend_devices(failures: Sequence[str], start: str) -> str:
 
 def _health(options: health.Options) -> tuple[list[dict[str, Any]], str]:
     """Lines of JSON of the check of devices in a process of its own, and what it said last besides."""
-    command = [sys.executable, '-m', 'jaxpo.health', '--seconds', str(options.seconds)]
-    command += [] if options.hosts is None else ['--hosts', str(options.hosts)]
-    for name, value in dataclasses.asdict(options.processes).items():
-        command += [] if value is None else [f'--processes.{name}', str(value)]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds + SECONDS_TO_END)
+        ended = subprocess.run(
+            command_of(options), capture_output=True, text=True, timeout=options.seconds + SECONDS_TO_END
+        )
     except subprocess.TimeoutExpired:
         return [], f'no answer within {options.seconds + SECONDS_TO_END:.0f} s'
     lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{')]
     said = [line for line in ended.stderr.splitlines() if line.strip()]
     return lines, said[-1].removeprefix('jaxpo: ') if said else f'it ended with code {ended.returncode}'
+
+
+def command_of(options: health.Options) -> list[str]:
+    """The words that start the check of devices with the same options, its directory aside."""
+    command = [sys.executable, '-m', 'jaxpo.health', '--seconds', str(options.seconds)]
+    command += [] if options.hosts is None else ['--hosts', str(options.hosts)]
+    for name, value in dataclasses.asdict(options.processes).items():
+        command += [] if value is None else [f'--processes.{name}', str(value)]
+    return command
 
 
 def round_trip(directory: storage.Path) -> Check:

@@ -62,6 +62,7 @@ def options_of(program: str, description: str, arguments: Sequence[str]) -> Opti
     # Half of the time for all to come, so that there is time to say who did not.
     seconds = min(options.processes.start_seconds, max(1, options.seconds // 2))
     asked = dataclasses.replace(options.processes, platform=theirs if ours == 'any' else ours, start_seconds=seconds)
+    processes.launcher_of(asked, {}, in_tpu_vm=False)  # raises where they do not belong together
     return dataclasses.replace(options, processes=asked)
 
 
