@@ -60,15 +60,13 @@ def first_state(config=CONFIG, reference_seed=1, optimizer=None, mesh=None):
     return made if mesh is None else jax.device_put(made, sharding.parameter_shardings(made, mesh))
 
 
-def one_step(rows=PADDED, config=CONFIG, mesh=None, pairs=PAIRS, rate=1.0, row_multiple=1, start=None, **options):
+def one_step(rows=PADDED, config=CONFIG, start=None, **options):
     """Metrics and the gradients of the policy (a step of plain gradient descent at rate 1 shows them)."""
     made = objective.make(SPEC, REFERENCES)
     optimizer = optax.identity()
-    train_step = jax.jit(step.make_train_step(models(config, mesh, **options), made, optimizer))
-    start = start or first_state(config, optimizer=optimizer, mesh=mesh)
-    batch = fill_rows(pairs, rows, row_multiple=row_multiple)
-    batch = batch if mesh is None else sharding.put(batch, mesh, sharding.MICROBATCHES)
-    after, metrics = train_step(start, batch, traced(made, rate))
+    train_step = jax.jit(step.make_train_step(models(config, **options), made, optimizer))
+    start = start or first_state(config, optimizer=optimizer)
+    after, metrics = train_step(start, fill_rows(PAIRS, rows), traced(made))
     gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start.params, after.params)
     return jax.device_get(metrics), gradient, after
 
@@ -113,21 +111,6 @@ def test_remat_changes_nothing(remat):
     assert_same(one_step(remat=remat), padded(), 1e-6)
 
 
-@pytest.mark.parametrize('shape', [(8, 1), (2, 4), (1, 8)])
-@pytest.mark.parametrize('layout, microbatch', [('padded', 8), ('shared', 8)])
-def test_sharded_equals_whole(shape, layout, microbatch):
-    mesh = tiny_meshes.mesh(*shape)
-    rows = Rows(layout=layout, lengths=(64,), microbatch=microbatch)
-    assert_same(one_step(rows, mesh=mesh, row_multiple=8), padded())
-
-
-def test_sharded_and_accumulated_equals_whole():
-    mesh = tiny_meshes.mesh(4, 2)
-    pairs = pairs_of(3, 20)
-    rows = Rows(layout='padded', lengths=(64,), microbatch=8)
-    assert_same(one_step(rows, mesh=mesh, pairs=pairs, row_multiple=8), one_step(pairs=pairs))
-
-
 def test_tied_head_gets_both_of_its_gradients():
     config = CONFIG | {'tie_word_embeddings': True}
     decoder = Decoder(from_hugging_face(config))
@@ -155,12 +138,10 @@ def test_tied_head_gets_both_of_its_gradients():
         np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(b).max())
 
 
-@pytest.mark.parametrize('shape', [None, (8, 1), (2, 4)])
-def test_policy_equal_to_reference_is_exactly_so(shape):
-    mesh = None if shape is None else tiny_meshes.mesh(*shape)
-    start = first_state(reference_seed=0, optimizer=optax.identity(), mesh=mesh)
+def test_policy_equal_to_reference_is_exactly_so():
+    start = first_state(reference_seed=0, optimizer=optax.identity())
     rows = Rows(layout='shared', lengths=(64,), microbatch=8)
-    metrics, gradient, _ = one_step(rows, mesh=mesh, row_multiple=8, start=start)
+    metrics, gradient, _ = one_step(rows, start=start)
     assert metrics['rewards/margins'] == metrics['rewards/chosen'] == 0
     assert metrics['rewards/accuracies'] == 0.5
     np.testing.assert_allclose(metrics['loss/dpo'], np.log(2), rtol=1e-6)
