@@ -29,6 +29,10 @@ fi
 if [ -z "$DRY_RUN" ]; then
   tally
   [ "$RUNNING" -eq 0 ] || die "$RUN_NAME runs already:$SAID stop it first: ${0##*/} --stop $RUN_NAME"
+  if [ "$ANSWERED" -lt "$WORKERS" ]; then
+    note "$ANSWERED of $WORKERS workers answer:$SAID nothing was started. Is it ACTIVE (status.sh), and set up?"
+    exit 1
+  fi
 fi
 worker start "$RUN_NAME" "${COMMAND[@]}"
 if given --wait && [ -z "$DRY_RUN" ]; then

@@ -68,8 +68,14 @@ finish() {
 
 # Comes back with machines that are ACTIVE, or fails.
 get_machines() {
-  local state
+  local state poll=0 before='' unanswered=0
   state=$(machines_state)
+  while [ "$state" = UNKNOWN ]; do
+    unanswered=$((unanswered + 1))
+    if [ "$unanswered" -gt "$GRACE_POLLS" ]; then return 1; fi
+    pause
+    state=$(machines_state)
+  done
   if [ "$state" != ABSENT ]; then HELD=yes; fi
   case $state in
     SUSPEND* | FAILED | DELETING)
@@ -79,7 +85,7 @@ get_machines() {
       ;;
     ABSENT) create ;;
   esac || return
-  local poll=0 before='' unanswered=0
+  unanswered=0
   while [ "$poll" -le "$WAIT_POLLS" ]; do
     state=$(machines_state)
     if [ "$state" != "$before" ]; then note "$TPU_NAME is $state"; fi
@@ -116,9 +122,18 @@ set_up() {
   done
 }
 
-# Starts the command, unless all workers run it already.
+# Starts the command, unless all workers run it already. Where that fails, OUTCOME says as what the try counts.
 start() {
+  local attempt=0
   tally
+  while [ "$(verdict)" = missing ]; do
+    attempt=$((attempt + 1))
+    OUTCOME=lost
+    if [ "$attempt" -gt "$GRACE_POLLS" ]; then return 1; fi
+    pause
+    tally
+  done
+  OUTCOME=ended
   case $(verdict) in
     running) note "$RUN_NAME runs already: watching it" ;;
     *)
@@ -164,7 +179,7 @@ while [ "$number" -lt "$TRIES" ]; do
     drop
     continue
   fi
-  if start; then watch; else OUTCOME=ended; fi
+  if start; then watch; fi
   case $OUTCOME in
     lost) drop ;;
     *)

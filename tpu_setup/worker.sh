@@ -17,9 +17,16 @@ CODE_DIRECTORY=$HOME/jaxpo
 ENVIRONMENT=$HOME/jaxpo_environment
 UV=$HOME/.local/bin/uv
 
+# For what will go wrong again.
 die() {
   printf 'worker %s: %s\n' "$(hostname)" "$*" >&2
   exit 2
+}
+
+# For what may go well another time, such as the network.
+fail() {
+  printf 'worker %s: %s\n' "$(hostname)" "$*" >&2
+  exit 1
 }
 
 setup() {
@@ -28,10 +35,10 @@ setup() {
     gs://*) unpack "$1" ;;
     *) check_out "$1" "$2" ;;
   esac
-  install_uv "$4"
-  "$UV" venv --quiet --allow-existing --python "$3" "$ENVIRONMENT"
+  install_uv "$4" || fail "uv $4 could not be fetched"
+  "$UV" venv --quiet --allow-existing --python "$3" "$ENVIRONMENT" || fail "no Python $3 by uv"
   "$UV" pip install --quiet --python "$ENVIRONMENT/bin/python" \
-    --requirements "$CODE_DIRECTORY/requirements-tpu.txt" --editable "$CODE_DIRECTORY"
+    --requirements "$CODE_DIRECTORY/requirements-tpu.txt" --editable "$CODE_DIRECTORY" || fail 'packages are missing'
   printf 'jaxpo-worker %s ready\n' "$(hostname)"
 }
 
@@ -55,11 +62,14 @@ unpack() {
 # uv's own installer, at one version. UV_UNMANAGED_INSTALL keeps it from editing the shell's start-up files.
 install_uv() {
   if [ -x "$UV" ] && [ "$("$UV" --version | cut -d' ' -f2)" = "$1" ]; then return; fi
-  local installer
+  local installer code=0
   installer=$(mktemp)
-  curl --fail --silent --show-error --location --output "$installer" "https://astral.sh/uv/$1/install.sh"
-  UV_UNMANAGED_INSTALL=${UV%/*} sh "$installer" >/dev/null
+  {
+    curl --fail --silent --show-error --location --output "$installer" "https://astral.sh/uv/$1/install.sh" &&
+      UV_UNMANAGED_INSTALL=${UV%/*} sh "$installer" >/dev/null
+  } || code=$?
   rm -f "$installer"
+  return "$code"
 }
 
 directory_of() {

@@ -29,6 +29,7 @@ exit "${code:-0}"
 UV = """#!/bin/bash
 if [ "$1" = --version ]; then echo 'uv 0.13.9'; exit; fi
 printf '%s\\n' "$*" >>"$HOME/uv_asked"
+if rm "$STAND_IN_WORLD/no_network.$WORKER" 2>/dev/null; then echo 'no network' >&2; exit 2; fi
 mkdir -p "$HOME/jaxpo_environment/bin"
 cp "$STAND_IN_WORLD/jaxpo" "$HOME/jaxpo_environment/bin/jaxpo"
 """
@@ -75,7 +76,8 @@ class World:
     def play(self, *lives: list[str], workers: int = 2, **others) -> None:
         """The states of each TPU that is made, the last life for all that follow."""
         world = {'made': 0, 'life': None, 'looks': 0, 'lives': lives, 'workers': workers}
-        world |= {'refuse_create': [], 'refuse_delete': [], 'unreachable': [], 'bucket': 'EUROPE-WEST4'} | others
+        world |= {'refuse_create': [], 'refuse_delete': [], 'refuse_describe': []}
+        world |= {'unreachable': [], 'bucket': 'EUROPE-WEST4'} | others
         (self.directory / 'world.json').write_text(json.dumps(world))
 
     def codes(self, *of_workers: list) -> None:
@@ -88,12 +90,18 @@ class World:
         path.write_text(''.join(f'{key}={value}\n' for key, value in (self.settings | changes).items()))
         return path
 
-    def run(self, script: str, *words: str, changes: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    def open(self, script: str, *words: str, changes: dict[str, str] | None = None) -> subprocess.Popen:
         config = self.write_settings(**changes or {})
         command = ['bash', str(SCRIPTS / script), '--config', str(config), *words]
         path = f'{self.directory / "bin"}:/usr/bin:/bin'
         environment = {'PATH': path, 'STAND_IN_WORLD': str(self.directory), 'HOME': str(self.directory)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, script: str, *words: str, changes: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        process = self.open(script, *words, changes=changes)
+        output, errors = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     def calls(self, *verbs: str) -> list[list[str]]:
         """Logged calls of gcloud that contain all of these words."""

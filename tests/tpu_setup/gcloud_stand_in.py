@@ -74,6 +74,8 @@ def delete(world: dict, words: list[str]) -> int:
 
 
 def describe(world: dict, words: list[str]) -> int:
+    if world['refuse_describe']:
+        return say(f'ERROR: {world["refuse_describe"].pop(0)}', 1)
     return absent() if world['life'] is None else say(look(world))
 
 

@@ -1,6 +1,7 @@
 """What the scripts would do, word for word. Whether the real tools know the words is `check_flags.py`'s to say."""
 
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -38,6 +39,18 @@ def test_every_flag_has_its_line_in_the_table_of_flags():
     table = (SCRIPTS / 'flags.md').read_text()
     flags = {word.split('=')[0] for words in commands() for word in words if word.startswith('--')}
     assert not [flag for flag in sorted(flags) if f'`{flag}' not in table]
+
+
+def test_every_file_is_in_the_page():
+    page = (SCRIPTS / 'README.md').read_text()
+    named = {path.name for path in SCRIPTS.iterdir() if path.is_file()} - {'README.md', 'config.env'}
+    assert not [name for name in sorted(named) if f'`{name}`' not in page]
+
+
+def test_one_version_of_uv_is_named():
+    named = re.findall(r'0\.[0-9]+\.[0-9]+', (SCRIPTS / 'skypilot.yaml').read_text())
+    assert {f'UV_VERSION={version}' for version in named} <= {*(SCRIPTS / 'config.env.example').read_text().split()}
+    assert named
 
 
 def test_the_scripts_name_no_path_of_a_machine():

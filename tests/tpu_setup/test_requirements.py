@@ -11,7 +11,8 @@ from packaging.utils import canonicalize_name
 ROOT = pathlib.Path(__file__).parents[2]
 LINES = [line for line in (ROOT / 'requirements-tpu.txt').read_text().splitlines() if line and line[0] != '#']
 PINS = [Requirement(line) for line in LINES]
-CORE = [Requirement(line) for line in tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['dependencies']]
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+NEEDED = [Requirement(line) for line in (*PROJECT['dependencies'], *PROJECT['optional-dependencies']['gcs'])]
 
 
 def pinned(python: str) -> dict[str, Requirement]:
@@ -31,10 +32,11 @@ def test_every_version_is_exact():
 
 
 @pytest.mark.parametrize('python', ['3.11', '3.12', '3.13'])
-def test_every_core_dependency_is_pinned_within_its_bounds(python):
+def test_every_dependency_and_what_buckets_need_is_pinned_within_its_bounds(python):
     pins = pinned(python)
-    for dependency in CORE:
+    for dependency in NEEDED:
         pin = pins[canonicalize_name(dependency.name)]
+        assert dependency.extras <= pin.extras
         assert dependency.specifier.contains(version_of(pin)), f'{pin} is not {dependency}'
 
 
@@ -43,7 +45,3 @@ def test_jax_brings_its_own_libtpu(python, jax):
     pins = pinned(python)
     assert pins['jax'].extras == {'tpu'} and version_of(pins['jax']) == jax
     assert not {'libtpu', 'jaxlib', 'torch'} & {*pins}
-
-
-def test_what_buckets_need_is_there():
-    assert {'gcsfs', 'google-cloud-storage', 'google-cloud-storage-control'} <= {*pinned('3.12')}

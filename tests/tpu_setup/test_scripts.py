@@ -213,6 +213,15 @@ def test_nothing_to_delete_is_no_error(world):
     assert world.run('status.sh').stdout == 'pod: ABSENT\n'
 
 
+def test_nothing_is_started_while_a_worker_is_missing(world):
+    world.run('create_queued.sh')
+    world.run('setup_workers.sh')
+    done = world.run('run_all.sh', *COMMAND, changes={'WORKERS': '3'})
+    assert done.returncode == 1
+    assert '2 of 3 workers answer' in done.stderr
+    assert not world.sent('start')
+
+
 def test_an_unset_up_worker_says_so(world):
     world.run('create_queued.sh')
     for worker in range(2):

@@ -1,6 +1,7 @@
 """supervise.sh against scripted machines: every one that is made is deleted, and the same command is started again."""
 
 import json
+import time
 
 import pytest
 
@@ -148,6 +149,35 @@ def test_what_could_not_be_deleted_is_said(world):
     done = supervise(world)
     assert done.returncode == 1
     assert 'COULD NOT BE DELETED and may cost money' in done.stderr
+
+
+def test_a_question_that_is_not_answered_for_a_while_disturbs_nothing(world):
+    world.play(['ACTIVE'], refuse_describe=['Reauthentication failed'] * 2)
+    done = supervise(world)
+    assert done.returncode == 0
+    assert world.made_and_deleted() == (1, 1)
+    assert 'Reauthentication failed' in done.stderr
+
+
+def test_packages_that_could_not_be_fetched_are_fetched_again(world):
+    (world.directory / 'no_network.1').touch()
+    done = supervise(world)
+    assert done.returncode == 0, done.stderr
+    assert world.made_and_deleted() == (1, 1)
+    assert len(world.sent('setup')) == 2
+
+
+def test_interrupting_the_supervisor_leaves_all_as_it_is(world):
+    world.codes(['hang'], ['hang'])
+    process = world.open('supervise.sh', *COMMAND, changes={'POLL_SECONDS': '1'})
+    while not (world.home(0) / 'started').exists() or not (world.home(1) / 'started').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 130
+    assert 'goes on on the workers, which cost money until delete.sh' in process.communicate()[1]
+    assert world.made_and_deleted() == (1, 0)
+    assert world.run('status.sh', 'run').stdout.count('running') == 2
 
 
 def test_machines_can_be_kept(world):

@@ -22,10 +22,7 @@ with tempfile.TemporaryDirectory() as directory:
             continue
         done = subprocess.run([*words, '--no-such-flag'], env=environment, capture_output=True, text=True)
         said = (done.stdout + done.stderr).strip()
-        known = (
-            re.search(r'unrecognized arguments: --no-such-flag( \(did you mean .*\))?\s*$', said, re.MULTILINE)
-            is not None
-        )
+        known = bool(re.search(r'unrecognized arguments: --no-such-flag( \(did you mean .*\))?\s*$', said, re.M))
         wrong += not known
         print('known' if known else f'UNKNOWN ({said})', ' '.join(words[:5]))
 sys.exit(wrong > 0)
