@@ -102,18 +102,6 @@ def test_all_statistics_equal_the_whole_vocabulary_in_float64(vocabulary, slab, 
     assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, softcap))
 
 
-@pytest.mark.parametrize('name', STATISTICS)
-def test_one_statistic_is_computed_alone(name):
-    hidden, head, targets, _ = inputs(37)
-    reference, cotangents = reference_of(37), cotangents_of([name])
-    given = reference if name in DIVERGENCES else None
-    ours = our_values_and_gradients(hidden, head, targets, given, cotangents, softcap=3.0, slab=8)
-    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, 3.0))
-    result = token_statistics(hidden, head, targets, statistics=(name,), reference=given, softcap=3.0, slab=8)
-    assert all(getattr(result, other) is None for other in STATISTICS if other != name)
-    np.testing.assert_array_equal(result.logps, token_statistics(hidden, head, targets, softcap=3.0, slab=8).logps)
-
-
 @pytest.mark.parametrize('names', [DIVERGENCES, ('forward_kl',), ('reverse_kl',)])
 @pytest.mark.parametrize(
     'shape, slab, dtype, softcap',

@@ -17,7 +17,7 @@ from tiny_heads import (
 )
 
 from jaxpo import sharding
-from jaxpo.logps import STATISTICS, Reference
+from jaxpo.logps import DIVERGENCES, STATISTICS, Reference, token_statistics
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 ALL = ('logps', *STATISTICS)
@@ -94,7 +94,19 @@ def test_devices_may_hold_nothing_but_padding():
     assert_padding_has_no_say(on_mesh({'tensor': 8}, 5, 16, ALL), whole(5, ALL), 5)
 
 
-@pytest.mark.parametrize('names', [('logps',), ('entropy',), ('forward_kl',), ('reverse_kl',)], ids=str)
+@pytest.mark.parametrize('name', STATISTICS)
+def test_one_statistic_is_computed_alone(name):
+    hidden, head, targets, _ = inputs(37)
+    reference, cotangents = reference_of(37), cotangents_of([name])
+    given = reference if name in DIVERGENCES else None
+    ours = our_values_and_gradients(hidden, head, targets, given, cotangents, softcap=3.0, slab=8)
+    assert_equal(ours, naive_values_and_gradients(hidden, head, reference, cotangents, 3.0))
+    result = token_statistics(hidden, head, targets, statistics=(name,), reference=given, softcap=3.0, slab=8)
+    assert all(getattr(result, other) is None for other in STATISTICS if other != name)
+    np.testing.assert_array_equal(result.logps, token_statistics(hidden, head, targets, softcap=3.0, slab=8).logps)
+
+
+@pytest.mark.parametrize('names', [('logps',), ('forward_kl',)], ids=str)
 def test_one_statistic_is_computed_alone_on_a_mesh(names):
     ours = on_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, VOCABULARY, PADDED, names)
     assert_padding_has_no_say(ours, whole(VOCABULARY, names), VOCABULARY)
