@@ -210,10 +210,11 @@ def _disagreements(found: list[dict[str, Any]], options: Options) -> list[str]:
 
 def _expected_devices() -> int | None:
     """Devices of the accelerator type that the environment names, over all slices; None where it names none."""
-    kind, _, number = os.environ.get('TPU_ACCELERATOR_TYPE', '').partition('-')
+    named = os.environ.get('TPU_ACCELERATOR_TYPE') or roll_call.told('ACCELERATOR_TYPE') or ''
+    kind, _, number = named.partition('-')
     if kind not in PER_DEVICE or not number.isdigit():
         return None
-    return int(number) // PER_DEVICE[kind] * int(os.environ.get('MEGASCALE_NUM_SLICES') or 1)
+    return int(number) // PER_DEVICE[kind] * int(roll_call.told('MEGASCALE_NUM_SLICES') or 1)
 
 
 def _say(value: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 from jax._src import clusters  # who is in a slice: JAX has no public name for it
+from jax._src.clusters import cloud_tpu_cluster
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from jaxpo import config, processes
@@ -46,6 +47,13 @@ def place_of(settings: config.Processes, seconds: int) -> Place | None:
     count = cluster.get_process_count()
     address = cluster.get_coordinator_address(seconds, None)
     return Place(address, count, cluster.get_process_id(), names if len(names) == count else ())
+
+
+def told(name: str) -> str | None:
+    """What a TPU's machine is told of its slice, such as ACCELERATOR_TYPE; None elsewhere."""
+    if not running_in_cloud_tpu_vm or os.environ.get('TPU_SKIP_MDS_QUERY'):
+        return os.environ.get(name)
+    return cloud_tpu_cluster.get_tpu_env_value(name)
 
 
 def call(place: Place, seconds: float) -> dict[int, str] | None:

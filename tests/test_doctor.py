@@ -116,7 +116,8 @@ def test_what_is_missing_or_held_is_said(capsys, monkeypatch, computed, tmp_path
     monkeypatch.setattr(health, '_checksum', lambda device: computed)
     monkeypatch.setattr(health, '_memory', lambda device: {'limit': 100, 'free': 89 if device.id == 1 else 90})
     monkeypatch.setattr(health, '_sum_over_devices', lambda: 7)
-    monkeypatch.setenv('TPU_ACCELERATOR_TYPE', 'v5p-32')
+    monkeypatch.setenv('ACCELERATOR_TYPE', 'v5p-32')
+    monkeypatch.setattr(roll_call, 'running_in_cloud_tpu_vm', True)
     monkeypatch.setenv('MEGASCALE_NUM_SLICES', '2')
     code, (host, summary) = checked(capsys, '--hosts', '4', '--directory', str(tmp_path / 'none'))
     assert code == 1 and not host['ok']
