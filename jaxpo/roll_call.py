@@ -12,13 +12,13 @@ import time
 from typing import NamedTuple
 
 from jax._src import clusters  # who is in a slice: JAX has no public name for it
-from jax._src.clusters import cloud_tpu_cluster
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+from jax._src.clusters import cloud_tpu_cluster
 
 from jaxpo import config, processes
 from jaxpo.errors import InputError
 
-LONGEST = 4096  # bytes of a message
+LONGEST = 2**20  # bytes of a message
 SECONDS_BETWEEN_CALLS = 0.2
 
 
@@ -108,4 +108,4 @@ def _send(line: socket.socket, value) -> None:
 
 def _receive(line: socket.socket):
     with line.makefile('rb') as file:
-        return json.loads(file.readline())
+        return json.loads(file.readline(LONGEST))
