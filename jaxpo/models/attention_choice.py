@@ -13,7 +13,7 @@ from jaxpo.errors import InputError, unknown
 from jaxpo.models.architecture import Architecture
 
 KERNELS = {'xla': (), 'splash': ('tpu',), 'cudnn': ('gpu', 'cuda')}  # and their platforms, as devices say; xla has all
-BLOCK = 128  # tokens: the least that splash takes at once
+BLOCK = 128  # tokens: the least that splash takes at once, and what cuDNN is reported to need for masked gradients
 NEAREST = 'Set it to auto, or to xla, which can do it.'
 WIDEST_HEADS = {'splash': 256, 'cudnn': 128}
 
@@ -72,9 +72,11 @@ def refusal(
     for length in lengths:
         if length % BLOCK:
             nearest = -(-length // BLOCK) * BLOCK
-            return f'{kernel} takes rows by {BLOCK} tokens: rows.lengths {length} would have to be {nearest}'
+            return (
+                f'{kernel} takes rows of multiples of {BLOCK} tokens: rows.lengths {length} would have to be {nearest}'
+            )
     if architecture.head_dim % 8 or architecture.head_dim > WIDEST_HEADS[kernel]:
-        return f'{kernel} takes heads up to {WIDEST_HEADS[kernel]} wide, by 8, not {architecture.head_dim}'
+        return f'{kernel} takes heads of multiples of 8, up to {WIDEST_HEADS[kernel]} wide, not {architecture.head_dim}'
     if kernel == 'splash':
         return _window_refusal(architecture, max(lengths), branches)
     if jnp.dtype(dtype) != jnp.bfloat16:

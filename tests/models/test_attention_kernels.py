@@ -201,7 +201,7 @@ LLAMA = dataclasses.replace(from_hugging_face(CONFIGS['llama']), head_dim=64)
         ('splash', LLAMA, {'platform': 'gpu'}, 'runs on tpu devices, not on gpu'),
         ('cudnn', LLAMA, {}, 'runs on gpu devices, not on tpu'),
         ('splash', LLAMA, {'lengths': (512, 1000)}, 'rows.lengths 1000 would have to be 1024'),
-        ('splash', dataclasses.replace(LLAMA, head_dim=12), {}, 'by 8, not 12'),
+        ('splash', dataclasses.replace(LLAMA, head_dim=12), {}, 'multiples of 8, up to 256 wide, not 12'),
         ('splash', dataclasses.replace(LLAMA, head_dim=264), {}, 'up to 256 wide'),
         ('splash', NARROW, {}, 'gemma2 of 3 layers: .* window of 40 positions in rows of 512 tokens that share'),
         ('splash', GEMMA, {}, 'set rows.layout to packed, or rows.lengths to no more than the window'),
