@@ -12,6 +12,7 @@ from rich.markup import escape
 from jaxpo import catalogue, commands, doctor, mixture_catalogue, processes
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
+from jaxpo.plan import command as plan
 from jaxpo.train import train
 
 DESCRIPTION = """\
@@ -36,6 +37,15 @@ class Command:
     dry_run: Callable[[Experiment], None]
     summary: str
     saves_when_told: bool = False  # SIGTERM makes it save before it ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """A command about devices that are not here: it starts no processes, and has options of its own."""
+
+    function: Callable[[Experiment, argparse.Namespace], None]
+    add_options: Callable[[argparse.ArgumentParser], None]
+    summary: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,11 @@ COMMANDS = {
 }
 
 
+PLANNERS = {
+    'plan': Planner(plan.plan, plan.add_options, 'compile the step for TPUs or GPUs that are not here'),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Where several processes run it, one that fails ends all of them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -76,8 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if arguments[0] in TOOLS:
             return TOOLS[arguments[0]].function(arguments[1:])
+        if arguments[0] in PLANNERS:
+            return _plan(arguments[0], arguments[1:])
         if arguments[0] not in COMMANDS:
-            raise unknown('command', arguments[0], [*COMMANDS, *TOOLS])
+            raise unknown('command', arguments[0], [*COMMANDS, *PLANNERS, *TOOLS])
         return _run(arguments[0], arguments[1:])
     except (InputError, TrainingError) as problem:
         error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
@@ -101,26 +118,49 @@ def _ended(code: int, message: str) -> int:
     return code
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
-    command = COMMANDS[name]
+def _parser(name: str, summary: str, options: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f'jaxpo {name}',
-        usage=f'jaxpo {name} EXPERIMENT [--dry-run] [--section.field value ...]',
-        description=f'{command.summary[0].upper()}{command.summary[1:]}.',
+        usage=f'jaxpo {name} EXPERIMENT {options} [--section.field value ...]',
+        description=f'{summary[0].upper()}{summary[1:]}.',
         epilog=f'`jaxpo {name} EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument('experiment', metavar='EXPERIMENT', nargs='?', help='path of the experiment module')
-    parser.add_argument(
-        '--dry-run', action='store_true', help='check everything, print what would be done, touch nothing'
-    )
+    return parser
+
+
+def _loaded(name: str, parser: argparse.ArgumentParser, arguments: Sequence[str]):
+    """The experiment and the command's own options; none where only its help was asked for, or nothing was named."""
     known, overrides = parser.parse_known_args(arguments)
     if known.experiment is None or known.experiment.startswith('-'):
         parser.print_help()
+        return None, known
+    return load(known.experiment, overrides, name), known
+
+
+def _plan(name: str, arguments: Sequence[str]) -> int:
+    planner = PLANNERS[name]
+    parser = _parser(name, planner.summary, '--topology KIND:SIDES')
+    planner.add_options(parser)
+    experiment, known = _loaded(name, parser, arguments)
+    if experiment is None:
         return 0 if {'-h', '--help'} & set(arguments) else 2
-    experiment = load(known.experiment, overrides, name)
+    planner.function(experiment, known)
+    return 0
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = COMMANDS[name]
+    parser = _parser(name, command.summary, '[--dry-run]')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='check everything, print what would be done, touch nothing'
+    )
+    experiment, known = _loaded(name, parser, arguments)
+    if experiment is None:
+        return 0 if {'-h', '--help'} & set(arguments) else 2
     # Before a dry run too: which mesh is possible depends on the devices of all processes.
     saves = command.saves_when_told and not known.dry_run
     processes.start(experiment.config.processes, saves_when_told=saves)
@@ -129,7 +169,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _help() -> str:
-    commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in COMMANDS.items())
+    commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in (COMMANDS | PLANNERS).items())
     tools = '\n'.join(f'  {f"{name} {tool.usage}":16s} {tool.summary}' for name, tool in TOOLS.items())
     return (
         f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'

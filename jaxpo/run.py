@@ -39,7 +39,7 @@ class Run:
     mesh: Mesh
     pretrained: Pretrained
     references: dict[str, Pretrained]  # those with sources of their own, not `policy`
-    tokenizer: transformers.PreTrainedTokenizerFast
+    tokenizer: transformers.PreTrainedTokenizerFast | None  # None: only to be planned
     reference_tokenizers: dict[str, transformers.PreTrainedTokenizerFast]  # those that differ from the policy's
     lora: Lora | None
     optimizer: optax.GradientTransformation
@@ -164,10 +164,12 @@ class Pairs:
     rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)  # `Pair.row` counts these
 
 
-def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Run:
+def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, tokenizers: bool = True) -> Run:
     """Checks settings, objective, mesh and models, in that order. InputError before anything expensive.
 
-    `devices` are those to run on; None takes all there are.
+    Args:
+      devices: those to run on; None takes all there are.
+      tokenizers: whether to read them; a run without has none, and knows nothing of those of its references.
     """
     settings = experiment.config
     check_settings(settings)
@@ -180,19 +182,19 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
     rows.check_rows(settings.rows, sharding.row_multiple(mesh))
     adapter = lora.of(settings.lora)
     pretrained = _opened(settings, mesh, 'model', settings.model)
-    tokenizer = pretrained.load_tokenizer()
-    references, tokenizers = {}, {}
+    tokenizer = pretrained.load_tokenizer() if tokenizers else None
+    references, other_tokenizers = {}, {}
     for name, reference in settings.references.items():
         if reference.source != 'policy':
             references[name] = _opened(settings, mesh, f'references.{name}', reference)
             _check_reference(name, reference, references[name], pretrained)
-            own = references[name].load_tokenizer()
-            if own.get_vocab() != tokenizer.get_vocab():
-                tokenizers[name] = own
-    _check_tokenizers(settings, objective, tokenizers)
+            own = references[name].load_tokenizer() if tokenizers else None
+            if tokenizers and own.get_vocab() != tokenizer.get_vocab():
+                other_tokenizers[name] = own
+    _check_tokenizers(settings, objective, other_tokenizers)
     _check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
-    run = Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
+    run = Run(experiment, objective, mesh, pretrained, references, tokenizer, other_tokenizers, adapter, optimizer)
     for opened in (pretrained, *references.values()):
         run.attention_of(opened)
     for name in (None, *settings.references):

@@ -47,6 +47,7 @@ FLOORS = {
     'report': 13,
     'commands': 14,
     'train': 14,
+    'plan': 14,
     'doctor': 8,
     'cli': 15,
     '__main__': 16,
