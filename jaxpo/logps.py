@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpo.errors import InputError, unknown
+from jaxpo.rings import reduce_scatter, rings
 from jaxpo.sharding import ROW_AXES
 from jaxpo.types import TokenStatistics
 from jaxpo.vocabulary import (
@@ -208,9 +209,10 @@ def _walk_backward(plan, model, reference, targets, values, normalisers, cotange
         hidden_gradient += _matmul(by_logits, part, ((1,), (0,)))
         part_gradient = _matmul(by_logits, hidden, ((0,), (0,)))
         if plan.splits('fsdp'):
-            part_gradient = lax.psum_scatter(part_gradient, 'fsdp', scatter_dimension=1, tiled=True)
+            part_gradient = reduce_scatter(part_gradient, 'fsdp', 1, stages)
         return hidden_gradient, lax.dynamic_update_slice(head_gradient, part_gradient, (start, 0))
 
+    stages = rings(plan.mesh, 'fsdp') if plan.splits('fsdp') else ()
     nothing = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32))
     hidden_gradient, head_gradient = _over_slabs(visit, nothing, head.shape[0], plan.slab)
     if plan.splits('tensor'):

@@ -15,6 +15,7 @@ FLOORS = {
     'processes': 1,
     'roll_call': 2,
     'health': 3,
+    'rings': 1,
     'sharding': 1,
     'storage': 1,
     'vocabulary': 1,

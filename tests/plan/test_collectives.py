@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Programs as compilers write them, cut down to what is counted."""
 
 import pytest
@@ -71,6 +72,8 @@ def test_a_count_that_the_compiler_noted_goes_before_the_comparison():
     assert by_kind(collectives(noted))['all-gather'][1] == 5
 
 
-@pytest.mark.parametrize('text', ['', 'HloModule empty\n\nENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2] parameter(0)\n}\n'])
+@pytest.mark.parametrize(
+    'text', ['', 'HloModule empty\n\nENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2] parameter(0)\n}\n']
+)
 def test_programs_of_one_device_send_nothing(text):
     assert collectives(text) == []

@@ -1,0 +1,68 @@
+"""What is promised of real sizes on real topologies: the train step itself, compiled for chips that are not here."""
+
+import importlib.util
+import re
+
+import pytest
+from tiny_plans import LLAMA_8B, LLAMA_70B, TINY, jaxpo, write_module
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install 'jaxpo[plan]'"
+)
+UNITS = {'KiB': 2**-20, 'MiB': 2**-10, 'GiB': 1.0}
+
+
+def planned(folder, config, devices, *arguments, length=2048):
+    done = jaxpo('plan', write_module(folder, config, devices, length), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def gib(printed):
+    """The conservative sum of a device's bytes, in GiB."""
+    size, unit = re.search(r'all of it at once\s*│\s*([\d.]+) (\w+)', printed).groups()
+    return float(size) * UNITS[unit]
+
+
+def runs(printed, kind):
+    """How often a step runs a kind of collective."""
+    found = re.search(rf'│ {kind}\s*│\s*\d+ │\s*([\d,]+) │', printed)
+    return int(found[1].replace(',', '')) if found else 0
+
+
+def test_8b_on_256_small_chips(tmp_path):
+    printed = planned(tmp_path, LLAMA_8B, 256, '--topology', 'v5e:16x16', '--price', '1.2')
+    assert gib(printed) <= 4.0
+    assert 'splash' in printed and 'cost of a million pairs' in printed
+    assert runs(printed, 'reduce-scatter') >= 31  # the head's gradient, a slab at a time
+
+
+def test_8b_on_16_middle_sized_chips(tmp_path):
+    assert gib(planned(tmp_path, LLAMA_8B, 16, '--topology', 'v6e:4x4')) <= 32.0
+
+
+def test_70b_from_a_reference_table(tmp_path):
+    table = ('--references.initial.table', 'True')
+    assert gib(planned(tmp_path, LLAMA_70B, 256, '--topology', 'v5e:16x16', *table)) <= 16.0
+
+
+def test_8b_on_4_small_chips_is_refused_with_its_numbers(tmp_path):
+    done = jaxpo('plan', write_module(tmp_path, LLAMA_8B, 4), '--topology', 'v5e:2x2')
+    assert done.returncode == 2
+    assert re.search(r'does not fit: .* of 16 GiB on a device', ' '.join(done.stderr.split()))
+    for way in ('--references.initial.table', '--optimizer.kind adafactor', '--lora.rank', 'More chips'):
+        assert way in done.stderr
+
+
+@pytest.mark.parametrize('topology, devices, chips', [('v6e:2x2', 8, 8), ('tpu7x:2x2x1', 8, 4)])
+def test_slices_and_chips_of_two_devices(tmp_path, topology, devices, chips):
+    several = ('--slices', '2', '--mesh.replica', '2', '--mesh.fsdp', '4') if topology == 'v6e:2x2' else ()
+    printed = planned(tmp_path, TINY, devices, '--topology', topology, *several, length=256)
+    assert f'on {chips} chips' in printed
+    assert ('replica 2' in printed) == bool(several)
+    assert ('2 devices to a chip' in printed) == (devices > chips)
+
+
+def test_a_search_ends_with_settings_that_fit(tmp_path):
+    printed = planned(tmp_path, TINY, 4, '--topology', 'v5e:2x2', '--search', '2', length=256)
+    assert re.search(r'Fastest that fits, after \d that did not: .*--model.remat none', printed)
