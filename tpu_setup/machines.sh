@@ -35,7 +35,8 @@ query() {
   rm -f "$errors"
 }
 
-# ABSENT, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDING, SUSPENDED, FAILED, UNKNOWN, or another word of the API.
+# Prints ABSENT, WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDING, SUSPENDED, FAILED, UNKNOWN, or another word of
+# the API.
 machines_state() {
   local question said
   if [ "$PROVIDER" = queued ]; then

@@ -16,8 +16,9 @@ source "$HERE/runs.sh"
 
 CREATED=0
 DELETED=0
-HELD=''
-READY=''
+HELD=''  # whether there are machines to delete
+FOUND='' # whether they were there before, and may run the command already
+READY='' # whether they are set up
 
 # Makes the machines. Fails where that may succeed another time.
 create() {
@@ -43,6 +44,7 @@ create() {
 drop() {
   local attempt=0
   READY=''
+  FOUND=''
   if [ -z "$HELD" ]; then return; fi
   until "$HERE/delete.sh" --config "$CONFIG"; do
     attempt=$((attempt + 1))
@@ -76,7 +78,10 @@ get_machines() {
     pause
     state=$(machines_state)
   done
-  if [ "$state" != ABSENT ]; then HELD=yes; fi
+  if [ "$state" != ABSENT ]; then
+    if [ -z "$HELD" ]; then FOUND=yes; fi
+    HELD=yes
+  fi
   case $state in
     SUSPEND* | FAILED | DELETING)
       note "$TPU_NAME is $state"
@@ -122,7 +127,15 @@ set_up() {
   done
 }
 
-# Starts the command, unless all workers run it already. Where that fails, OUTCOME says as what the try counts.
+# Whether all workers of machines that were there before run the command: nothing of theirs is touched then.
+runs_already() {
+  if [ -z "$FOUND" ]; then return 1; fi
+  FOUND=''
+  tally
+  [ "$(verdict)" = running ] && note "$RUN_NAME runs already: watching it"
+}
+
+# Starts the command on all workers. Where that fails, OUTCOME says as what the try counts.
 start() {
   local attempt=0
   tally
@@ -134,13 +147,8 @@ start() {
     tally
   done
   OUTCOME=ended
-  case $(verdict) in
-    running) note "$RUN_NAME runs already: watching it" ;;
-    *)
-      if [ "$RUNNING" -gt 0 ]; then worker stop "$RUN_NAME" "$STOP_SECONDS"; fi
-      "$HERE/run_all.sh" --config "$CONFIG" "$RUN_NAME" -- "${COMMAND[@]}"
-      ;;
-  esac
+  if [ "$RUNNING" -gt 0 ]; then worker stop "$RUN_NAME" "$STOP_SECONDS"; fi
+  "$HERE/run_all.sh" --config "$CONFIG" "$RUN_NAME" -- "${COMMAND[@]}"
 }
 
 plan() {
@@ -175,11 +183,14 @@ while [ "$number" -lt "$TRIES" ]; do
     drop
     continue
   fi
-  if ! set_up; then
+  if runs_already; then
+    watch
+  elif ! set_up; then
     drop
     continue
+  elif start; then
+    watch
   fi
-  if start; then watch; fi
   case $OUTCOME in
     lost) drop ;;
     *)
