@@ -1,5 +1,6 @@
 """What is broken is named, with what mends it; what hangs ends by itself; and a healthy machine is called well."""
 
+import http.server
 import importlib.metadata
 import json
 import os
@@ -301,6 +302,28 @@ def test_room_and_clock_are_held_to_what_a_run_needs(monkeypatch, tmp_path):
     assert doctor.hugging_face().ok
     monkeypatch.setattr(os, 'access', lambda *_: False)
     assert not doctor.hugging_face().ok and str(tmp_path) in doctor.hugging_face().mend
+
+
+@pytest.mark.parametrize(('hours', 'ok'), [(0, True), (1, False), (-1, False), (None, False)])
+def test_the_clock_is_held_to_that_of_the_storage(monkeypatch, hours, ok):
+    class Storage(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(400)
+
+        def date_time_string(self, timestamp=None):
+            return super().date_time_string(time.time() + 3600 * hours)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(('127.0.0.1', 0), Storage) as server:
+        monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{server.server_port}')
+        if hours is None:
+            server.server_close()
+        else:
+            threading.Thread(target=server.handle_request).start()
+        check = doctor.clock()
+    assert check.ok == ok and ('does not answer' in check.found) == (hours is None)
 
 
 def test_a_directory_that_cannot_be_written_is_said(monkeypatch, tmp_path):

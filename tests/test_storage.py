@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 
 import jax
@@ -53,6 +54,17 @@ def test_a_round_trip_leaves_nothing(bucket, tmp_path, remote):
     place = storage.path(f'{bucket}/trip') if remote else tmp_path
     assert set(storage.round_trip(place)) == {'write', 'read', 'delete'}
     assert not place.exists() or not list(place.iterdir())
+
+
+def test_what_others_write_is_seen(bucket):
+    place = storage.path(f'{bucket}/shared')
+    (place / 'ours').write_text('1')
+    assert [path.name for path in place.iterdir()] == ['ours'] and not (place / 'theirs').exists()
+    name = f'{place}/theirs'.removeprefix('gs://bucket/')
+    url = f'{os.environ["STORAGE_EMULATOR_HOST"]}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}'
+    urllib.request.urlopen(urllib.request.Request(url, data=b'2', method='POST')).close()
+    assert sorted(path.name for path in place.iterdir()) == ['ours', 'theirs']
+    assert [path.name for path in place.glob('th*')] == ['theirs'] and (place / 'theirs').read_text() == '2'
 
 
 def test_what_cannot_be_written_is_said_before_training(bucket, tmp_path):
@@ -138,16 +150,16 @@ def test_a_shard_exists_when_its_manifest_does(root, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('file', 'harm'),
+    ('file', 'harm', 'what'),
     [
-        ('data-00000-of-00001.arrow', 'flip'),
-        ('data-00000-of-00001.arrow', 'lose'),
-        ('state.json', 'flip'),
-        ('shard.json', 'flip'),
-        ('shard.json', 'lead away'),
+        ('data-00000-of-00001.arrow', 'flip', 'not as it was written'),
+        ('data-00000-of-00001.arrow', 'lose', 'is missing'),
+        ('state.json', 'flip', 'not as it was written'),
+        ('shard.json', 'flip', 'cannot be read'),
+        ('shard.json', 'lead away', 'names files elsewhere'),
     ],
 )
-def test_a_damaged_object_is_found(root, file, harm):
+def test_a_damaged_object_is_found(root, file, harm, what):
     table = open_table(root, IDENTITY, 'logps')
     table.write(*rows(3))
     path = table.directory / shards(table)[0] / file
@@ -158,7 +170,7 @@ def test_a_damaged_object_is_found(root, file, harm):
         path.unlink()
     else:
         path.write_bytes(content.replace(b'state.json', b'../../x.js'))
-    with pytest.raises(InputError, match=f'{path.parent} is damaged'):
+    with pytest.raises(InputError, match=f'{path.parent} is damaged: .*{what}'):
         open_table(root, IDENTITY, 'logps')
 
 
