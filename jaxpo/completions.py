@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpo.losses.parallel import by_pair
 from jaxpo.types import Batch, Completion, Places, TokenStatistics
 
 POLICY_STATISTICS = ('entropy', 'log_sum_squares')
@@ -129,12 +130,4 @@ def merged(parts: Completion) -> Completion:
         moved = jnp.moveaxis(stacked, 0, leading)
         return moved.reshape(*moved.shape[:leading], -1, *moved.shape[leading + 2 :])
 
-    fields = {
-        'reference_logps': merge(parts.reference_logps, 1),
-        'by_reference': {name: merge(values, 1) for name, values in parts.by_reference.items()},
-        'reference_lengths': None if parts.reference_lengths is None else merge(parts.reference_lengths, 1),
-        'activations': {kind: merge(values, 1) for kind, values in parts.activations.items()},
-        'companions': {name: merged(companion) for name, companion in parts.companions.items()},
-    }
-    bare = parts.replace(reference_logps=None, by_reference={}, reference_lengths=None, activations={}, companions={})
-    return jax.tree.map(lambda stacked: merge(stacked, 0), bare).replace(**fields)
+    return by_pair(merge, parts)

@@ -1,8 +1,7 @@
 """What every command sets up first: an experiment checked, its models opened, its pairs audited."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +10,17 @@ import optax
 import transformers
 from jax.sharding import Mesh, NamedSharding
 
-from jaxpo import config, sharding, state, storage
+from jaxpo import config, opening, sharding, state, storage
 from jaxpo import objective as objectives
 from jaxpo.data import audit, rows, sampler, sources
 from jaxpo.data.columns import Wanted
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
 from jaxpo.models import attention_choice, lora
-from jaxpo.models.architecture import padded
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.lora import Lora
 from jaxpo.models.peft import open_adapter
-from jaxpo.models.source import Pretrained, open_model
+from jaxpo.models.source import Pretrained
 from jaxpo.objective import Objective
 from jaxpo.scoring import FrozenModel, Models
 from jaxpo.settings import check_objective_settings, check_settings
@@ -181,18 +179,18 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
     mesh = sharding.make_mesh(settings.mesh, devices)
     rows.check_rows(settings.rows, sharding.row_multiple(mesh))
     adapter = lora.of(settings.lora)
-    pretrained = _opened(settings, mesh, 'model', settings.model)
+    pretrained = opening.open_for_mesh(settings, mesh, 'model', settings.model)
     tokenizer = pretrained.load_tokenizer() if tokenizers else None
     references, other_tokenizers = {}, {}
     for name, reference in settings.references.items():
         if reference.source != 'policy':
-            references[name] = _opened(settings, mesh, f'references.{name}', reference)
-            _check_reference(name, reference, references[name], pretrained)
+            references[name] = opening.open_for_mesh(settings, mesh, f'references.{name}', reference)
+            opening.check_reference(name, reference, references[name], pretrained)
             own = references[name].load_tokenizer() if tokenizers else None
             if tokenizers and own.get_vocab() != tokenizer.get_vocab():
                 other_tokenizers[name] = own
-    _check_tokenizers(settings, objective, other_tokenizers)
-    _check_vocabularies(objective, pretrained, references)
+    opening.check_tokenizers(settings, objective, other_tokenizers)
+    opening.check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
     run = Run(experiment, objective, mesh, pretrained, references, tokenizer, other_tokenizers, adapter, optimizer)
     for opened in (pretrained, *references.values()):
@@ -202,60 +200,6 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
         if directory is not None:
             open_adapter(directory, pretrained.architecture if name is None else run.pretrained_of(name).architecture)
     return run
-
-
-def _opened(settings: config.Config, mesh: Mesh, name: str, wanted: config.Model | config.Reference) -> Pretrained:
-    """A model as this run holds it: its vocabulary padded as asked. InputError where the mesh does not divide it."""
-    opened = open_model(wanted.source, wanted.revision, wanted.tokenizer)
-    architecture = padded(opened.architecture, settings.model.vocabulary_multiple)
-    for what in ('heads', 'key_value_heads'):
-        number = getattr(architecture, what)
-        if number % mesh.shape['tensor']:
-            raise InputError(
-                f'mesh.tensor {mesh.shape["tensor"]}: {name} has {number} {what}, which do not divide over it.'
-            )
-    return dataclasses.replace(opened, architecture=architecture)
-
-
-def _check_reference(name: str, reference: config.Reference, opened: Pretrained, policy: Pretrained) -> None:
-    if reference.update_every and opened.architecture != policy.architecture:
-        raise InputError(
-            f'references.{name}: it cannot follow the policy (update_every) with another architecture than it.'
-        )
-
-
-def _check_tokenizers(settings: config.Config, objective: Objective, others: Mapping[str, Any]) -> None:
-    """InputError where a reference with another tokenizer is to be compared token by token."""
-    for name in others:
-        if not settings.references[name].table:
-            raise InputError(
-                f'references.{name}: its tokenizer differs from the policy, so their tokens cannot be compared. Its '
-                f'log-probabilities of whole completions can be read from a table: set references.{name}.table.'
-            )
-        if name in objective.models:
-            raise InputError(f'references.{name}: its tokenizer differs from the policy, but a loss reads its tokens.')
-        by_token = {*objective.needs.statistics} & {'reference_entropy'}
-        if by_token or objective.needs.companions:
-            what = ', '.join((*by_token, *(f'companion {name}' for name in objective.needs.companions)))
-            raise InputError(
-                f'references.{name}: its tokenizer differs from the policy, and it gives completions of pairs a '
-                f'number each; the objective also asks for: {what}.'
-            )
-
-
-def _check_vocabularies(objective: Objective, policy: Pretrained, references: Mapping[str, Pretrained]) -> None:
-    """InputError where a KL divergence is asked for between heads of different sizes (padded differently, say)."""
-    if not {'forward_kl', 'reverse_kl'} & {*objective.needs.statistics}:
-        return
-    ours = policy.architecture.vocabulary
-    for name in objective.references:
-        theirs = references.get(name, policy).architecture.vocabulary
-        if theirs != ours:
-            names = ', '.join(term.loss.name for term in objective.terms)
-            raise InputError(
-                f'references.{name}: its head has {theirs} entries and the policy {ours}, so that no KL divergence '
-                f'between them is defined, which {names} needs.'
-            )
 
 
 def read_pairs(run: Run, *, train: bool = True) -> Pairs:

@@ -39,6 +39,7 @@ FLOORS = {
     'step': 9,
     'catalogue': 8,
     'mixture_catalogue': 8,
+    'opening': 8,
     'provenance': 8,
     'run': 10,
     'loading': 11,

@@ -60,7 +60,7 @@ def test_equals_float64_oracle(vocabulary, slab, softcap):
     arrays = inputs(vocabulary)
     results = values_and_gradients(*arrays, softcap=softcap, slab=slab)
     for ours, theirs in zip(results, oracle(*arrays, softcap)):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_stays_exact_at_extreme_logits():

@@ -7,7 +7,7 @@ import numpy as np
 from jaxpo.logps import DIVERGENCES, Reference, token_statistics
 
 ROWS, SCORED, WIDTH, REFERENCE_WIDTH = 8, 6, 16, 24
-EXACT = {'rtol': 2e-5, 'atol': 2e-5}
+EXACT = {'rtol': 1e-5, 'atol': 1e-5}
 
 
 def inputs(vocabulary, seed=0):
