@@ -77,7 +77,7 @@ class World:
         """The states of each TPU that is made, the last life for all that follow."""
         world = {'made': 0, 'life': None, 'looks': 0, 'lives': lives, 'workers': workers}
         world |= {'refuse_create': [], 'refuse_delete': [], 'refuse_describe': []}
-        world |= {'unreachable': [], 'bucket': 'EUROPE-WEST4'} | others
+        world |= {'unreachable': [], 'silent': [], 'bucket': 'EUROPE-WEST4'} | others
         (self.directory / 'world.json').write_text(json.dumps(world))
 
     def codes(self, *of_workers: list) -> None:

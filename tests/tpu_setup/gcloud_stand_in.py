@@ -1,7 +1,8 @@
 """Plays gcloud for the tests: logs its arguments, plays the states of scripted machines, and runs what is sent to them.
 
 Each made TPU has a life: a list of states that looks at it take up in turn, the last one for ever. `ACTIVE*` stays
-until every worker started the command once. A worker is a home directory; commands for it run there by bash.
+until every worker started the command once; from `SILENT` on worker 1 does not answer. A worker is a home directory;
+commands for it run there by bash.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ def create(world: dict, words: list[str]) -> int:
         return say('ERROR: ALREADY_EXISTS', 1)
     world['made'] += 1
     world['life'] = min(world['made'], len(world['lives'])) - 1
-    world['looks'] = 0
+    world['looks'], world['silent'] = 0, []
     return 0
 
 
@@ -97,6 +98,9 @@ def look(world: dict) -> str:
     world['looks'] += 1
     if state == 'ACTIVE*':
         return look(world)
+    if state == 'SILENT':
+        world['silent'] = [1]
+        return 'ACTIVE'
     if state in ENDED:
         take_away()
     return state
@@ -120,7 +124,7 @@ def remote(world: dict, words: list[str]) -> int:
     workers = [int(named[0].split(':')[0].removeprefix('machine-'))] if named else range(world['workers'])
     if world['life'] is None or not reachable(world):
         return say('ERROR: could not connect', 255)
-    lost = [worker for worker in workers if worker in world['unreachable']]
+    lost = [worker for worker in workers if worker in (*world['unreachable'], *world['silent'])]
     for worker in lost:
         say(f'ERROR: no answer from {worker}', 255)
     homes = {worker: home(worker) for worker in workers if worker not in lost}
@@ -130,7 +134,7 @@ def remote(world: dict, words: list[str]) -> int:
 
 def reachable(world: dict) -> bool:
     states = world['lives'][world['life']]
-    return states[min(max(world['looks'] - 1, 0), len(states) - 1)].startswith('ACTIVE')
+    return states[min(max(world['looks'] - 1, 0), len(states) - 1)].startswith(('ACTIVE', 'SILENT'))
 
 
 def home(worker: int) -> str:

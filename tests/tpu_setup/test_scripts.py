@@ -160,9 +160,10 @@ def test_workers_are_set_up_in_their_home_directories(world, repository):
         assert f'--requirements {home}/jaxpo/requirements-tpu.txt --editable {home}/jaxpo' in installed
 
 
-def test_a_commit_that_is_not_there_is_named(world):
-    world.run('create_queued.sh')
-    done = world.run('setup_workers.sh', changes={'COMMIT': '0' * 40})
+@pytest.mark.parametrize('provider', ['queued', 'mig'])
+def test_a_commit_that_is_not_there_is_named(world, provider):
+    world.run(f'create_{provider}.sh', changes={'PROVIDER': provider})
+    done = world.run('setup_workers.sh', changes={'PROVIDER': provider, 'COMMIT': '0' * 40})
     assert done.returncode == 2
     assert 'worker host-1: no commit 0000' in done.stderr
 

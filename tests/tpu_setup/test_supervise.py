@@ -105,6 +105,14 @@ def test_a_worker_that_does_not_answer_costs_the_machines(world):
     assert 'no answer from 1' in done.stderr
 
 
+def test_a_worker_that_falls_silent_costs_the_machines(world):
+    world.play(['ACTIVE', 'ACTIVE*', 'SILENT'], ['ACTIVE'])
+    world.codes(['hang', 0], ['hang', 0])
+    done = supervise(world, GRACE_POLLS='1')
+    assert done.returncode == 0, done.stderr
+    assert world.made_and_deleted() == (2, 2)
+
+
 def test_a_run_that_goes_on_already_is_watched(world):
     world.codes(['hang'], ['hang'])
     assert world.run('create_queued.sh').returncode == 0

@@ -101,6 +101,26 @@ def test_a_run_that_was_killed_is_lost(worker, tmp_path):
     assert worker('start', 'run', 'true').returncode == 0
 
 
+def test_uv_is_fetched_at_its_version_and_told_to_edit_no_start_up_file(tmp_path, repository):
+    tools, home = tmp_path / 'tools', tmp_path / 'home'
+    uv = '#!/bin/bash\n[ "$1" = --version ] && echo "uv 0.13.9" || true\n'
+    # The installer that this curl fetches would write to ~/.bashrc, as uv's does, unless it is told not to.
+    installer = f'mkdir -p "${{UV_UNMANAGED_INSTALL:-$HOME/.bashrc}}"\ncp {tools}/uv "$UV_UNMANAGED_INSTALL/uv"\n'
+    tools.mkdir()
+    home.mkdir()
+    (tools / 'installer').write_text(installer)
+    for name, text in {'uv': uv, 'curl': f'#!/bin/bash\necho "$*" >{tools}/asked\ncp {tools}/installer "$6"\n'}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    command = ['bash', str(WORKER), 'setup', str(repository[0]), repository[1], '3.12', '0.13.9']
+    environment = {'HOME': str(home), 'PATH': f'{tools}:/usr/bin:/bin'}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tools / 'asked').read_text().endswith('https://astral.sh/uv/0.13.9/install.sh\n')
+    assert (home / '.local/bin/uv').exists()
+    assert {path.name for path in home.iterdir()} == {'.local', 'jaxpo'}
+
+
 @pytest.mark.parametrize('words', [(), ('dance',), ('start', 'run'), ('stop', 'run'), ('log', 'run', '5')])
 def test_wrong_calls_are_refused(worker, words):
     assert worker(*words).returncode == 2
