@@ -42,13 +42,13 @@ def called(indices, count, seconds, names=()):
 
 
 def knock(address):
-    """Somebody else at the door, who says nothing that is understood."""
+    """Somebody else at the door, who says nothing that is understood, and somebody who belongs elsewhere."""
     host, port = address.split(':')
-    for _ in range(100):
+    said, deadline = [b'GET / HTTP/1.1\n', b'[99, "stranger"]\n'], time.monotonic() + 10
+    while said and time.monotonic() < deadline:
         try:
             with socket.create_connection((host, int(port))) as line:
-                line.sendall(b'GET / HTTP/1.1\n')
-            return
+                line.sendall(said.pop())
         except ConnectionRefusedError:
             time.sleep(0.01)
 
