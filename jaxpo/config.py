@@ -122,7 +122,8 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     kind: Literal['adamw', 'adafactor'] = 'adamw'
-    """Adafactor keeps a row and a column in place of AdamW's second moment of each matrix, and no first moment."""
+    """Adafactor keeps a row and a column in place of AdamW's second moment of each matrix, and no first moment; it does
+    not scale updates by the size of parameters, and beta1, beta2 and epsilon are AdamW's alone."""
     moment_dtype: Literal['float32', 'bfloat16'] = 'float32'
     """Dtype of AdamW's first moment."""
     learning_rate: float = 1e-6

@@ -23,7 +23,7 @@ MICROBATCHES = P(None, ROW_AXES)
 # hold for them; Adafactor's carry its path alone. The first match counts.
 PARAMETER_RULES = (
     (r'^opt_state/.*/v(_row|_col)?/', P()),  # a row and a column of each matrix, or a vector: small
-    (r'(^|/)method(_state|_params)?/', P()),  # small, and not the decoder's
+    (r'^(method_state|method_params|opt_state/inner_states/method)/', P()),  # small, and not the decoder's
     (r'layers/attention/(query|key|value)$', P(None, 'fsdp', 'tensor')),
     (r'layers/attention/(query|key|value)_bias$', P(None, 'tensor')),
     (r'layers/attention/output$', P(None, 'tensor', 'fsdp')),

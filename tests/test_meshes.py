@@ -13,6 +13,7 @@ import tiny_checkpoints
 import tiny_decoders
 import tiny_meshes
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpo import checkpoint, objective, scoring, sharding, state, step
 from jaxpo.config import Lora, Optimizer, Rows
@@ -271,3 +272,13 @@ def test_a_checkpoint_moves_from_one_mesh_to_another(tmp_path, kind):
         restored = checkpoints.restore(1, shapes, {'reference_params': {}, 'base_params': {}})
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
     assert all(leaf.sharding == one for leaf, one in zip(jax.tree.leaves(restored), jax.tree.leaves(there)))
+
+
+def test_a_reference_may_be_called_method():
+    """What methods keep is whole on every device; a model of that name is not."""
+    tree = {'embedding': jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+    held = state.TrainState(np.int32(0), tree, {'method': tree}, {'inner_states': {'method': {'mu': tree}}}, {'x': tree})
+    placed = sharding.parameter_shardings(held, tiny_meshes.mesh(fsdp=8))
+    assert placed.reference_params['method']['embedding'].spec == placed.params['embedding'].spec == P('tensor', 'fsdp')
+    assert placed.opt_state['inner_states']['method']['mu']['embedding'].spec == P()
+    assert placed.method_state['x']['embedding'].spec == P()

@@ -149,7 +149,7 @@ def _refusal(run: Run, topology: Topology, program: Program | TooLarge) -> str:
     limit = bytes_text(topology.chip.memory * topology.chips / run.mesh.size)
     needed = program.memory.total if isinstance(program, Program) else program.needed
     held = bytes_text(sum(cost.state_bytes(run).values()))
-    says = f'it takes {bytes_text(needed)} of {limit}' if needed else f'the compiler finds no room in {limit}'
+    says = f'it takes at least {bytes_text(needed)} of {limit}' if needed else f'the compiler finds no room in {limit}'
     ways = ''.join(f'\n  {way}' for way in advise(run, topology))
     where = f'--topology {topology.name}: the step does not fit'
     return f'{where}: {says} on a device, {held} of it state. What would help:{ways}'

@@ -18,7 +18,7 @@ from jaxpo.state import learning_rates
 from jaxpo.tabulate import statistics_of
 from jaxpo.types import Batch, Pair, Sequence
 
-_OUT_OF_MEMORY = re.compile(r'Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm|([\d.]+)([GM]) exceeds.*?([\d.]+)([GM])', re.S)
+_OUT_OF_MEMORY = re.compile(r'([\d.]+)([GM])\)? exceeds|Used ([\d.]+)([GM]) of')  # as compilers put it
 
 
 class Memory(NamedTuple):
@@ -107,5 +107,5 @@ def _needed(message: str) -> float | None:
     found = _OUT_OF_MEMORY.search(message)
     if found is None:
         return None
-    number, unit = (found[1], found[2]) if found[1] else (found[5], found[6])
+    number, unit = [part for part in found.groups() if part]
     return float(number) * {'G': GIB, 'M': 2**20}[unit]
