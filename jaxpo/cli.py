@@ -98,22 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments[0], arguments[1:])
     except (InputError, TrainingError) as problem:
         error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
-        return _ended(2 if isinstance(problem, InputError) else 1, str(problem))
+        return _ended(problem)
     except Interrupted as problem:
         error.print(f'[bold yellow]jaxpo:[/bold yellow] {escape(str(problem))}')
         return 75  # of all processes, which stopped after the same step
-    except KeyboardInterrupt:
-        error.print('[bold yellow]jaxpo:[/bold yellow] Stopped; the last checkpoint stands.')
-        return _ended(130, 'Stopped; the last checkpoint stands.')
+    except KeyboardInterrupt as problem:
+        error.print(f'[bold yellow]jaxpo:[/bold yellow] {processes.failure_of(problem)[1]}')
+        return _ended(problem)
     except Exception as problem:
         if not processes.started():
             raise
         traceback.print_exc()
-        return _ended(1, f'{type(problem).__name__}: {problem}')
+        return _ended(problem)
 
 
-def _ended(code: int, message: str) -> int:
+def _ended(problem: BaseException) -> int:
     """The exit code of a process that is alone; of several, none returns."""
+    code, message = processes.failure_of(problem)
     processes.end(code, message)
     return code
 

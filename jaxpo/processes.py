@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -23,7 +24,7 @@ from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.experimental import multihost_utils
 
 from jaxpo import config
-from jaxpo.errors import InputError
+from jaxpo.errors import InputError, Interrupted, TrainingError
 
 Value = TypeVar('Value')
 
@@ -255,12 +256,51 @@ def end(code: int, message: str) -> None:
 
     Leaving as usual would wait for the others, which wait for this one.
     """
-    if not started():
-        return
+    if started():
+        _leave(_tell(code, message))
+
+
+def failure_of(problem: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and what is said of it."""
+    if isinstance(problem, KeyboardInterrupt):
+        return 130, 'Stopped; the last checkpoint stands.'
+    if isinstance(problem, InputError):
+        return 2, str(problem)
+    return 1, str(problem) if isinstance(problem, TrainingError) else f'{type(problem).__name__}: {problem}'
+
+
+@contextlib.contextmanager
+def telling_at_once() -> Iterator[None]:
+    """Tells the other processes of an error before the block is left, as what is around it may wait for them.
+
+    This process then has SECONDS_TO_LEAVE to leave, and is ended where it waits after that. Errors that all processes
+    meet together are left to them.
+    """
+    try:
+        yield
+    except (Interrupted, TrainingError):
+        raise
+    except BaseException as problem:
+        if started():
+            failure = _tell(*failure_of(problem))
+            timer = threading.Timer(SECONDS_TO_LEAVE, _end_where_it_waits, (problem, failure))
+            timer.daemon = True
+            timer.start()
+        raise
+
+
+def _end_where_it_waits(problem: BaseException, failure: _Failure) -> None:
+    with contextlib.suppress(OSError):  # a disk that is full may be what the words would go to
+        traceback.print_exception(problem)
+    _leave(failure)
+
+
+def _tell(code: int, message: str) -> _Failure:
+    """Says why this process fails, where no other has; gives the failure that all end with."""
     mine = _Failure(jax.process_index(), code, message)
     with contextlib.suppress(Exception):  # another process may have failed first
         distributed.global_state.client.key_value_set(_FAILURE, json.dumps(mine))
-    _leave(_failure() or mine)
+    return _failure() or mine
 
 
 def _look_for_failures() -> None:
@@ -296,10 +336,12 @@ def _leave(failure: _Failure) -> None:
     _leaving.acquire()
     with contextlib.suppress(Exception):
         distributed.global_state.client.wait_at_barrier(_LEAVING, int(SECONDS_TO_LEAVE * 1000))
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(failure.code)
 
 
 def _say(message: str) -> None:
-    print(f'jaxpo: {message}', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f'jaxpo: {message}', file=sys.stderr, flush=True)

@@ -45,7 +45,8 @@ def train(experiment: Experiment) -> None:
     if jax.process_index() == 0:
         audit.write_report(run.directory / 'data_report.json', pairs.reports)
 
-    with open_checkpoints(run.directory / 'checkpoints', run.config.train.keep_checkpoints) as checkpoints:
+    directory, keep = run.directory / 'checkpoints', run.config.train.keep_checkpoints
+    with open_checkpoints(directory, keep) as checkpoints, processes.telling_at_once():
         # Load, or resume where the last committed checkpoint is.
         done = processes.agree(checkpoints.latest()) or 0
         state = weighing.weigh(run, load_state(run), pairs.validation) if not done else _resume(run, checkpoints, done)
