@@ -96,8 +96,9 @@ def test_samples_are_those_of_one_process(finished, alone):
 
 def test_the_second_process_prints_and_logs_nothing(finished, stopped):
     assert 'Evaluated' in stopped[0].out
-    words = [line for line in stopped[1].out.splitlines() if line and not line.startswith('[Gloo]')]
-    assert words == []
+    # Gloo says to whom it is connected, from several threads at once: lines of it may be torn.
+    words = [line for line in stopped[1].out.splitlines() if '[Gloo]' not in line and 'peer ranks' not in line]
+    assert not ''.join(words).strip()
     steps = [line['step'] for line in logged(finished) if 'loss' in line]
     assert steps == list(range(1, tiny_processes.STEPS + 1))
 
@@ -120,8 +121,20 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(finished, alone, stopped
     assert_same_state(saved_state(experiment), saved_state(alone))
 
 
-def test_a_log_that_cannot_be_written_ends_both(finished, alone, folder):
-    words = ['--mesh.data', '1', '--mesh.fsdp', '8', '--evaluate.sample-prompts', '0', '--output', folder / 'full']
+def test_a_disk_that_is_full_for_one_ends_both(finished, alone, folder):
+    # Neither the log nor a checkpoint can be written: saving in the background, each waits for the other.
+    words = [
+        '--mesh.data',
+        '1',
+        '--mesh.fsdp',
+        '8',
+        '--evaluate.sample-prompts',
+        '0',
+        '--train.checkpoint-every',
+        '1',
+        '--output',
+    ]
+    words.append(folder / 'full')
     first, second = tiny_processes.train_together(folder, *words, troubles=({'TROUBLE': 'full disk:4'}, {}))
     assert (first.code, second.code) == (1, 1), first.error + second.error
     assert 'OSError' in first.error and 'File too large' in first.error
