@@ -131,7 +131,7 @@ def _collective(line: str, times: int) -> Collective | None:
     if opcode not in KINDS:
         return None
     arrays = [(dtype, tuple(int(n) for n in dims.split(',') if n)) for dtype, dims in _ARRAY.findall(instruction[2])]
-    if instruction[3].endswith('-start') and opcode in ('all-gather', 'collective-permute'):
+    if instruction[3].endswith('-start') and opcode != 'all-reduce':
         arrays = [array for array in arrays if array[1]]  # without what it keeps of its own progress
         arrays = arrays[len(arrays) // 2 :]  # a start's result holds its operands too
     source = re.search(r'op_name="([^"]*)"', line)

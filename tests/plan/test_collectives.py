@@ -47,6 +47,7 @@ ENTRY %main (x: (s32[], bf16[16,64]), g: f32[8]) -> f32[8] {
   %g = f32[8] parameter(1)
   %while.1 = (s32[], bf16[16,64]) while(%x), condition=%condition, body=%body
   %permuted = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%g), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  %both = ((f32[64,8]{1,0}, f32[32]{0}), (f32[16,8]{1,0}, f32[8]{0})) reduce-scatter-start(%g, %g), channel_id=13, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
   ROOT %all-reduce.3 = f32[8]{0} all-reduce(%g), channel_id=12, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 """
@@ -55,14 +56,14 @@ ENTRY %main (x: (s32[], bf16[16,64]), g: f32[8]) -> f32[8] {
 def test_loops_and_pieces_are_counted_as_they_run():
     totals = by_kind(collectives(TPU))
     assert totals['all-gather'] == (1, 32, 32 * 256 * 64 * 2 * 15 / 16)
-    assert totals['reduce-scatter'] == (1, 32, 32 * 16 * 64 * 4 * 15)
+    assert totals['reduce-scatter'] == (2, 33, 32 * 16 * 64 * 4 * 15 + (16 * 8 + 8) * 4 * 3)
     assert totals['all-reduce'] == (1, 1, 2 * 8 * 4 * 3 / 4)
     assert totals['collective-permute'] == (1, 1, 4 * 8 * 2)
     assert 'all-to-all' not in totals
 
 
 def test_a_collective_says_where_it_comes_from():
-    (scatter,) = [one for one in collectives(TPU) if one.kind == 'reduce-scatter']
+    scatter, _ = [one for one in collectives(TPU) if one.kind == 'reduce-scatter']
     assert scatter.source == 'jit(step)/shard_map/reduce_scatter' and scatter.group == 16
     assert scatter.shapes == (('f32', (16, 64)),)
 
