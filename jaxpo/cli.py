@@ -24,7 +24,8 @@ be copied. Every field of its config is an option, as --section.field value.
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 the run had to stop (its last checkpoint stands); 2 bad input, nothing was changed;
-75 interrupted with its state saved, 130 without: the same command resumes from the last checkpoint.
+75 interrupted with its state saved, 130 without: the same command resumes from the last checkpoint. 75 too where
+other processes did not come in time.
 Several processes end together, with the code of the first that fails.
 """
 

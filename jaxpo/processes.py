@@ -160,7 +160,7 @@ def _join(settings: config.Processes, launcher: str, saves_when_told: bool) -> N
     )
     # Where nobody asks for it, a SIGTERM that is only noted would keep the process alive until it is killed.
     jax.config.update('jax_enable_preemption_service', saves_when_told)
-    with _within(settings.start_seconds, late):
+    with _within(settings.start_seconds, late, code=75):  # as who comes late may come the next time
         jax.distributed.initialize(
             **where,
             # Ours ends first: JAX would end the process with a stack trace in place of a message.
@@ -190,7 +190,7 @@ def _bring_up(asked: str | None, seconds: float) -> None:
         f'processes: {what} did not answer within {seconds:.0f} s. Another process may hold it: end that one first, '
         'or choose another with processes.platform or JAX_PLATFORMS.'
     )
-    with _within(seconds, late):
+    with _within(seconds, late, code=2):
         try:
             found = jax.default_backend()
         except (RuntimeError, AssertionError) as error:
@@ -202,12 +202,12 @@ def _bring_up(asked: str | None, seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _within(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with exit code 2 where the block takes longer: it may wait in a driver, beyond any exception."""
+def _within(seconds: float, message: str, code: int) -> Iterator[None]:
+    """Ends the process with `code` where the block takes longer: it may wait in a driver, beyond any exception."""
 
     def give_up():
         _say(message)
-        os._exit(2)
+        os._exit(code)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

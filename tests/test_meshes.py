@@ -277,7 +277,9 @@ def test_a_checkpoint_moves_from_one_mesh_to_another(tmp_path, kind):
 def test_a_reference_may_be_called_method():
     """What methods keep is whole on every device; a model of that name is not."""
     tree = {'embedding': jax.ShapeDtypeStruct((64, 32), jnp.float32)}
-    held = state.TrainState(np.int32(0), tree, {'method': tree}, {'inner_states': {'method': {'mu': tree}}}, {'x': tree})
+    held = state.TrainState(
+        np.int32(0), tree, {'method': tree}, {'inner_states': {'method': {'mu': tree}}}, {'x': tree}
+    )
     placed = sharding.parameter_shardings(held, tiny_meshes.mesh(fsdp=8))
     assert placed.reference_params['method']['embedding'].spec == placed.params['embedding'].spec == P('tensor', 'fsdp')
     assert placed.opt_state['inner_states']['method']['mu']['embedding'].spec == P()

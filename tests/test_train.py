@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from jaxpo import checkpoint, loading, run, train
+from jaxpo import checkpoint, loading, run, storage, train
 from jaxpo.config import Evaluate, Mesh, Optimizer, Reference, Train
 from jaxpo.errors import InputError, Interrupted, TrainingError
 from jaxpo.metrics import read_metrics
@@ -164,7 +164,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path):
 
 
 def test_no_room_on_the_disk_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
+    monkeypatch.setattr(storage.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
     with pytest.raises(InputError, match='No room on the disk'):
         train.train(tiny_runs.experiment(tmp_path))
     assert not (tmp_path / 'run').exists()
