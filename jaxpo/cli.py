@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from jaxpo import catalogue, commands, doctor, mixture_catalogue, processes
+from jaxpo import catalogue, commands, doctor, failures, mixture_catalogue, processes
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.plan import command as plan
@@ -104,10 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.print(f'[bold yellow]jaxpo:[/bold yellow] {escape(str(problem))}')
         return 75  # of all processes, which stopped after the same step
     except KeyboardInterrupt as problem:
-        error.print(f'[bold yellow]jaxpo:[/bold yellow] {processes.failure_of(problem)[1]}')
+        error.print(f'[bold yellow]jaxpo:[/bold yellow] {failures.failure_of(problem)[1]}')
         return _ended(problem)
     except Exception as problem:
-        if not processes.started():
+        if not failures.started():
             raise
         traceback.print_exc()
         return _ended(problem)
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _ended(problem: BaseException) -> int:
     """The exit code of a process that is alone; of several, none returns."""
-    code, message = processes.failure_of(problem)
-    processes.end(code, message)
+    code, message = failures.failure_of(problem)
+    failures.end(code, message)
     return code
 
 

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpo import config, processes, roll_call, storage
+from jaxpo import config, failures, processes, roll_call, storage
 from jaxpo.errors import InputError
 
 SEED = 0
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(options)
     except InputError as problem:
         _say({'ok': False, 'failures': [str(problem)]})
-        processes.end(2, str(problem))
+        failures.end(2, str(problem))
         return 2
 
 
@@ -95,7 +95,7 @@ def _check(options: Options) -> int:
     if jax.process_index() == 0:
         _say({'summary': {**_counts(), 'failures': failures}, 'ok': not failures})
     processes.wait_for_all('health checked')
-    if processes.started():
+    if failures.started():
         jax.distributed.shutdown()
     return 1 if failures else 0
 

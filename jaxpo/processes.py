@@ -1,48 +1,33 @@
-"""Several processes that are one run: how they find each other, what process 0 decides for all, how all end together.
+"""Several processes that are one run: how they find each other, and what process 0 decides for all.
 
 Every process runs the same program. Files are written by process 0, and what is decided from files is decided by it.
-A process that fails says so to the others, which end with its message and its exit code: none waits for one that is
-gone. One that dies without a word is missed after `processes.heartbeat_seconds`, and JAX then ends the others.
+How they end together is told in `failures`.
 """
 
-import atexit
 import contextlib
 import importlib.util
 import json
 import os
 import socket
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordinator's keys and barriers: JAX has no public name for them
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.experimental import multihost_utils
 
-from jaxpo import config
-from jaxpo.errors import InputError, Interrupted, TrainingError
+from jaxpo import config, failures
+from jaxpo.errors import InputError
 
 Value = TypeVar('Value')
 
 SECONDS_TO_START = 25.0  # for the backend of a lone process; several wait for each other as long as `start_seconds`
-SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_LEAVE = 5.0  # how long the coordinator stays for the others to read why all end
 NAMES = {'cpu': ('cpu',), 'gpu': ('gpu', 'cuda', 'rocm'), 'tpu': ('tpu',)}  # as JAX_PLATFORMS has them
 CUDA_PLUGINS = ('jax_cuda12_plugin', 'jax_cuda13_plugin')
 
-_FAILURE, _LEAVING = 'jaxpo/failure', 'jaxpo/leaving'
-_leaving = threading.Lock()  # taken once, by the thread that ends the process
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
-
-
-class _Failure(NamedTuple):
-    process: int
-    code: int
-    message: str
 
 
 def start(settings: config.Processes, *, saves_when_told: bool = False) -> None:
@@ -57,7 +42,7 @@ def start(settings: config.Processes, *, saves_when_told: bool = False) -> None:
     """
     launcher = launcher_of(settings, os.environ, in_tpu_vm=running_in_cloud_tpu_vm)
     asked = _ask_for(settings.platform)
-    if launcher is not None and not started():
+    if launcher is not None and not failures.started():
         _join(settings, launcher, saves_when_told)
     _bring_up(asked, settings.start_seconds if launcher else SECONDS_TO_START)
 
@@ -167,7 +152,7 @@ def _join(settings: config.Processes, launcher: str, saves_when_told: bool) -> N
             initialization_timeout=settings.start_seconds + 60,
             heartbeat_timeout_seconds=settings.heartbeat_seconds,
         )
-    _look_for_failures()
+    failures.watch()
 
 
 def _check_port(coordinator: str) -> None:
@@ -206,7 +191,7 @@ def _within(seconds: float, message: str, code: int) -> Iterator[None]:
     """Ends the process with `code` where the block takes longer: it may wait in a driver, beyond any exception."""
 
     def give_up():
-        _say(message)
+        failures.say(message)
         os._exit(code)
 
     timer = threading.Timer(seconds, give_up)
@@ -231,7 +216,7 @@ def agree(value: Value) -> Value:
 
 
 def decide(function: Callable[[], Value]) -> Value:
-    """What `function` gives process 0, which alone calls it, on every process. Its errors end all (`end`)."""
+    """What `function` gives process 0, which alone calls it, on every process. Its errors end all (`failures.end`)."""
     return agree(function() if jax.process_index() == 0 else None)
 
 
@@ -244,104 +229,3 @@ def wait_for_all(name: str) -> None:
 def interrupted(step: int) -> bool:
     """Whether all processes stop after `step`, as one of them was sent SIGTERM. To be asked at every step, by all."""
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-def started() -> bool:
-    """Whether this process is one of several, or was started as if."""
-    return jax.distributed.is_initialized()
-
-
-def end(code: int, message: str) -> None:
-    """Ends this process and all others with `code`; the first to fail gives its own to all. Returns where it is alone.
-
-    Leaving as usual would wait for the others, which wait for this one.
-    """
-    if started():
-        _leave(_tell(code, message))
-
-
-def failure_of(problem: BaseException) -> tuple[int, str]:
-    """The exit code of an error, and what is said of it."""
-    if isinstance(problem, KeyboardInterrupt):
-        return 130, 'Stopped; the last checkpoint stands.'
-    if isinstance(problem, InputError):
-        return 2, str(problem)
-    return 1, str(problem) if isinstance(problem, TrainingError) else f'{type(problem).__name__}: {problem}'
-
-
-@contextlib.contextmanager
-def telling_at_once() -> Iterator[None]:
-    """Tells the other processes of an error before the block is left, as what is around it may wait for them.
-
-    This process then has SECONDS_TO_LEAVE to leave, and is ended where it waits after that. Errors that all processes
-    meet together are left to them.
-    """
-    try:
-        yield
-    except (Interrupted, TrainingError):
-        raise
-    except BaseException as problem:
-        if started():
-            failure = _tell(*failure_of(problem))
-            timer = threading.Timer(SECONDS_TO_LEAVE, _end_where_it_waits, (problem, failure))
-            timer.daemon = True
-            timer.start()
-        raise
-
-
-def _end_where_it_waits(problem: BaseException, failure: _Failure) -> None:
-    with contextlib.suppress(OSError):  # a disk that is full may be what the words would go to
-        traceback.print_exception(problem)
-    _leave(failure)
-
-
-def _tell(code: int, message: str) -> _Failure:
-    """Says why this process fails, where no other has; gives the failure that all end with."""
-    mine = _Failure(jax.process_index(), code, message)
-    with contextlib.suppress(Exception):  # another process may have failed first
-        distributed.global_state.client.key_value_set(_FAILURE, json.dumps(mine))
-    return _failure() or mine
-
-
-def _look_for_failures() -> None:
-    """A thread that ends this process once another has said that it fails."""
-    over = threading.Event()
-
-    def look():
-        while not over.wait(SECONDS_BETWEEN_LOOKS):
-            failure = _failure()
-            if failure is not None and failure.process != jax.process_index():
-                _say(f'process {failure.process}: {failure.message}')
-                _leave(failure)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-
-    def stop():
-        over.set()
-        thread.join()
-
-    atexit.register(stop)  # before JAX leaves, whose keys it reads
-
-
-def _failure() -> _Failure | None:
-    try:
-        return _Failure(*json.loads(distributed.global_state.client.key_value_try_get(_FAILURE)))
-    except Exception:  # not there, or nobody to ask: JAX itself ends a process whose coordinator is gone
-        return None
-
-
-def _leave(failure: _Failure) -> None:
-    """Ends the process at once. The others are given time to read why, as process 0 keeps what they read."""
-    _leaving.acquire()
-    with contextlib.suppress(Exception):
-        distributed.global_state.client.wait_at_barrier(_LEAVING, int(SECONDS_TO_LEAVE * 1000))
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(failure.code)
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f'jaxpo: {message}', file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxpo import evaluate, processes, provenance, report, tabulate, weighing
+from jaxpo import evaluate, failures, processes, provenance, report, tabulate, weighing
 from jaxpo.checkpoint import check_room, open_checkpoints
 from jaxpo.console import console, progress
 from jaxpo.data import audit
@@ -46,7 +46,7 @@ def train(experiment: Experiment) -> None:
         audit.write_report(run.directory / 'data_report.json', pairs.reports)
 
     directory, keep = run.directory / 'checkpoints', run.config.train.keep_checkpoints
-    with open_checkpoints(directory, keep) as checkpoints, processes.telling_at_once():
+    with open_checkpoints(directory, keep) as checkpoints, failures.telling_at_once():
         # Load, or resume where the last committed checkpoint is.
         done = processes.agree(checkpoints.latest()) or 0
         state = weighing.weigh(run, load_state(run), pairs.validation) if not done else _resume(run, checkpoints, done)

@@ -26,7 +26,7 @@ def test_the_tables_of_registries_are_theirs(table):
 
 
 def test_every_command_is_in_the_readme():
-    assert all(f'jaxpo {name} EXPERIMENT' in README for name in cli.COMMANDS)
+    assert all(f'jaxpo {name} EXPERIMENT' in README for name in cli.COMMANDS | cli.PLANNERS)
     assert all(f'jaxpo {name} {tool.usage}' in README for name, tool in cli.TOOLS.items())
 
 

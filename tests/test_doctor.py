@@ -13,7 +13,7 @@ import time
 import jax
 import pytest
 
-from jaxpo import cli, config, doctor, health, processes, roll_call
+from jaxpo import cli, config, doctor, failures, health, roll_call
 
 CPU = config.Processes(platform='cpu')
 
@@ -149,7 +149,7 @@ def test_a_host_that_is_alone_ends_by_itself(capsys):
     started = time.monotonic()
     code, (line,) = checked(capsys, *words, '--processes.index', '0')
     assert code == 1 and line['missing'] == ['process 1'] and time.monotonic() - started < 10
-    assert not processes.started()
+    assert not failures.started()
 
 
 def test_a_check_that_hangs_is_ended(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 import tiny_processes
 import tiny_runs
 
-from jaxpo import processes
+from jaxpo import failures, processes
 from jaxpo.config import Processes
 from jaxpo.errors import InputError
 
@@ -22,7 +22,7 @@ SLURM = {
 MEMBER = """\
 import os, signal, sys, time
 import jax
-from jaxpo import config, processes
+from jaxpo import config, failures, processes
 from jaxpo.errors import InputError
 
 what, coordinator, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -47,7 +47,7 @@ try:
     print('done')
 except Exception as problem:
     print('problem', problem, file=sys.stderr)
-    processes.end(2 if isinstance(problem, InputError) else 1, str(problem))
+    failures.end(2 if isinstance(problem, InputError) else 1, str(problem))
 """
 
 
@@ -72,7 +72,7 @@ def test_an_error_of_one_ends_both_with_its_message_and_code(what, other):
 def test_one_that_dies_without_a_word_leaves_no_other_waiting():
     first, second = members('second dies')
     assert second.code == -9 and first.code != 0
-    assert first.seconds - second.seconds < tiny_processes.HEARTBEAT + processes.SECONDS_TO_LEAVE + 5
+    assert first.seconds - second.seconds < tiny_processes.HEARTBEAT + failures.SECONDS_TO_LEAVE + 5
 
 
 @pytest.mark.parametrize(
