@@ -6,8 +6,12 @@ import re
 import pytest
 from tiny_plans import LLAMA_8B, LLAMA_70B, TINY, jaxpo, write_module
 
-pytestmark = pytest.mark.skipif(
+for_tpus = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: pip install 'jaxpo[plan]'"
+)
+for_gpus = pytest.mark.skipif(
+    importlib.util.find_spec('jax_cuda12_plugin') is None,
+    reason="JAX's CUDA plugin is not installed: pip install 'jaxpo[plan-gpu]'",
 )
 UNITS = {'KiB': 2**-20, 'MiB': 2**-10, 'GiB': 1.0}
 
@@ -30,6 +34,7 @@ def runs(printed, kind):
     return int(found[1].replace(',', '')) if found else 0
 
 
+@for_tpus
 def test_8b_on_256_small_chips(tmp_path):
     printed = planned(tmp_path, LLAMA_8B, 256, '--topology', 'v5e:16x16', '--price', '1.2')
     assert gib(printed) <= 4.0
@@ -37,15 +42,18 @@ def test_8b_on_256_small_chips(tmp_path):
     assert runs(printed, 'reduce-scatter') >= 31  # the head's gradient, a slab at a time
 
 
+@for_tpus
 def test_8b_on_16_middle_sized_chips(tmp_path):
     assert gib(planned(tmp_path, LLAMA_8B, 16, '--topology', 'v6e:4x4')) <= 32.0
 
 
+@for_tpus
 def test_70b_from_a_reference_table(tmp_path):
     table = ('--references.initial.table', 'True')
     assert gib(planned(tmp_path, LLAMA_70B, 256, '--topology', 'v5e:16x16', *table)) <= 16.0
 
 
+@for_tpus
 def test_8b_on_4_small_chips_is_refused_with_its_numbers(tmp_path):
     done = jaxpo('plan', write_module(tmp_path, LLAMA_8B, 4), '--topology', 'v5e:2x2')
     assert done.returncode == 2
@@ -54,6 +62,7 @@ def test_8b_on_4_small_chips_is_refused_with_its_numbers(tmp_path):
         assert way in done.stderr
 
 
+@for_tpus
 @pytest.mark.parametrize('topology, devices, chips', [('v6e:2x2', 8, 8), ('tpu7x:2x2x1', 8, 4)])
 def test_slices_and_chips_of_two_devices(tmp_path, topology, devices, chips):
     several = ('--slices', '2', '--mesh.replica', '2', '--mesh.fsdp', '4') if topology == 'v6e:2x2' else ()
@@ -63,6 +72,14 @@ def test_slices_and_chips_of_two_devices(tmp_path, topology, devices, chips):
     assert ('2 devices to a chip' in printed) == (devices > chips)
 
 
+@for_tpus
 def test_a_search_ends_with_settings_that_fit(tmp_path):
     printed = planned(tmp_path, TINY, 4, '--topology', 'v5e:2x2', '--search', '2', length=256)
     assert re.search(r'Fastest that fits, after \d that did not: .*--model.remat none', printed)
+
+
+@for_gpus
+def test_8b_on_a_host_of_gpus(tmp_path):
+    printed = planned(tmp_path, LLAMA_8B, 8, '--topology', 'h200:1x1x8')
+    assert gib(printed) <= 40.0
+    assert runs(printed, 'reduce-scatter') >= 31
