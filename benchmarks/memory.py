@@ -82,7 +82,7 @@ def main() -> None:
 
 def row(source: str, change: dict, devices) -> str:
     try:
-        run = prepare(experiment(source, change), devices, tokenizers=False)
+        run = prepare(experiment(source, change), devices, planned=True)
     except InputError as problem:
         return f'refused: {problem} | | '
     found = compile_step(run, example_batch(run))

@@ -9,15 +9,21 @@ from jax.sharding import Mesh
 from jaxpo import config
 from jaxpo.errors import InputError
 from jaxpo.models.architecture import padded
-from jaxpo.models.source import Pretrained, open_model
+from jaxpo.models.source import Pretrained, open_model, open_sizes
 from jaxpo.objective import Objective
 
 
 def open_for_mesh(
-    settings: config.Config, mesh: Mesh, name: str, wanted: config.Model | config.Reference
+    settings: config.Config, mesh: Mesh, name: str, wanted: config.Model | config.Reference, *, sizes: bool
 ) -> Pretrained:
-    """A model as this run holds it: its vocabulary padded as asked. InputError where the mesh does not divide it."""
-    opened = open_model(wanted.source, wanted.revision, wanted.tokenizer)
+    """A model as this run holds it, its vocabulary padded as asked; or its `sizes` alone.
+
+    InputError where the mesh does not divide it.
+    """
+    if sizes:
+        opened = open_sizes(wanted.source, wanted.revision)
+    else:
+        opened = open_model(wanted.source, wanted.revision, wanted.tokenizer)
     architecture = padded(opened.architecture, settings.model.vocabulary_multiple)
     for what in ('heads', 'key_value_heads'):
         number = getattr(architecture, what)

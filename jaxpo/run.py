@@ -37,7 +37,7 @@ class Run:
     mesh: Mesh
     pretrained: Pretrained
     references: dict[str, Pretrained]  # those with sources of their own, not `policy`
-    tokenizer: transformers.PreTrainedTokenizerFast | None  # None: only to be planned
+    tokenizer: transformers.PreTrainedTokenizerFast | None  # None where the run is planned
     reference_tokenizers: dict[str, transformers.PreTrainedTokenizerFast]  # those that differ from the policy's
     lora: Lora | None
     optimizer: optax.GradientTransformation
@@ -162,12 +162,12 @@ class Pairs:
     rows: dict[str, list[sources.Row]] = dataclasses.field(default_factory=dict)  # `Pair.row` counts these
 
 
-def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, tokenizers: bool = True) -> Run:
+def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None, *, planned: bool = False) -> Run:
     """Checks settings, objective, mesh and models, in that order. InputError before anything expensive.
 
     Args:
       devices: those to run on; None takes all there are.
-      tokenizers: whether to read them; a run without has none, and knows nothing of those of its references.
+      planned: whether only sizes are of interest. Tokenizers are then not read, nor weights fetched.
     """
     settings = experiment.config
     check_settings(settings)
@@ -179,20 +179,20 @@ def prepare(experiment: Experiment, devices: Sequence[jax.Device] | None = None,
     mesh = sharding.make_mesh(settings.mesh, devices)
     rows.check_rows(settings.rows, sharding.row_multiple(mesh))
     adapter = lora.of(settings.lora)
-    pretrained = opening.open_for_mesh(settings, mesh, 'model', settings.model)
-    tokenizer = pretrained.load_tokenizer() if tokenizers else None
-    references, other_tokenizers = {}, {}
+    pretrained = opening.open_for_mesh(settings, mesh, 'model', settings.model, sizes=planned)
+    tokenizer = None if planned else pretrained.load_tokenizer()
+    references, tokenizers = {}, {}
     for name, reference in settings.references.items():
         if reference.source != 'policy':
-            references[name] = opening.open_for_mesh(settings, mesh, f'references.{name}', reference)
+            references[name] = opening.open_for_mesh(settings, mesh, f'references.{name}', reference, sizes=planned)
             opening.check_reference(name, reference, references[name], pretrained)
-            own = references[name].load_tokenizer() if tokenizers else None
-            if tokenizers and own.get_vocab() != tokenizer.get_vocab():
-                other_tokenizers[name] = own
-    opening.check_tokenizers(settings, objective, other_tokenizers)
+            own = None if planned else references[name].load_tokenizer()
+            if not planned and own.get_vocab() != tokenizer.get_vocab():
+                tokenizers[name] = own
+    opening.check_tokenizers(settings, objective, tokenizers)
     opening.check_vocabularies(objective, pretrained, references)
     optimizer = state.make_optimizer(settings.optimizer)
-    run = Run(experiment, objective, mesh, pretrained, references, tokenizer, other_tokenizers, adapter, optimizer)
+    run = Run(experiment, objective, mesh, pretrained, references, tokenizer, tokenizers, adapter, optimizer)
     for opened in (pretrained, *references.values()):
         run.attention_of(opened)
     for name in (None, *settings.references):

@@ -12,6 +12,14 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+LONGEST_FIRST = ('tests/plan/test_pins.py', 'tests/processes/test_two_processes.py')
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests are few and long go first: at the end, one worker would be left alone with them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST_FIRST))
+
+
 @pytest.fixture(autouse=True, scope='module')
 def compiled_programs_are_freed():
     """Thousands of small programs would otherwise fill gigabytes."""

@@ -10,6 +10,8 @@ import tiny_runs
 
 from jaxpo import cli
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 FAST = ['--mesh.data', '8', '--train.steps', '2']
 
 

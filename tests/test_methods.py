@@ -19,6 +19,8 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.run import wanted_of
 from jaxpo.types import Pair, Sequence
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CONFIG = tiny_decoders.CONFIGS['llama'] | {'num_hidden_layers': 2}
 PADDED = Rows(layout='padded', lengths=(96,), microbatch=64)
 # Between them these need every statistic, column, role, companion and part that there is.

@@ -10,7 +10,7 @@ import pytest
 import tiny_checkpoints
 from tiny_tables import attached, computed, make_folder, measured, sequences, to_compute, write_rows
 
-from jaxpo import run, tabulate
+from jaxpo import opening, run, tabulate
 from jaxpo.config import Data, Mesh, Model, Optimizer, Reference, Rows, Train
 from jaxpo.errors import InputError
 
@@ -201,6 +201,6 @@ def test_a_table_that_cannot_say_what_is_asked_is_refused(folder, monkeypatch, o
     def opened(*arguments):
         raise InputError('a model was opened')
 
-    monkeypatch.setattr(run, 'open_model', opened)
+    monkeypatch.setattr(opening, 'open_model', opened)
     with pytest.raises(InputError, match=message or 'a model was opened'):
         run.prepare(measured(folder, names=names, objective=objective))

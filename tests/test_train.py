@@ -102,14 +102,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
     assert logged(experiment) == logged(finished)
 
 
-@pytest.mark.parametrize('mesh', [Mesh(data=2, fsdp=4), Mesh(data=1, fsdp=8)])
-def test_another_mesh_takes_the_run_over(finished, tmp_path, monkeypatch, mesh):
+def test_another_mesh_takes_the_run_over(finished, tmp_path, monkeypatch):
     experiment = tiny_runs.experiment(tmp_path)
     with monkeypatch.context() as patched:
         stop_after(3, patched)
         with pytest.raises(Interrupted):
             train.train(experiment)
-    elsewhere = tiny_runs.experiment(tmp_path, mesh=mesh)
+    elsewhere = tiny_runs.experiment(tmp_path, mesh=Mesh(data=2, fsdp=4))
     train.train(elsewhere)
     for ours, theirs in zip(jax.tree.leaves(saved_state(elsewhere)[1]), jax.tree.leaves(saved_state(finished)[1])):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -14,6 +14,8 @@ from jaxpo import commands, loading, run, train
 from jaxpo.config import Data, Optimizer, Reference, Train
 from jaxpo.errors import InputError, Interrupted
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 OWN = {'bco': {}, 'sparse_po': {'reward_sparsity': 0.01}}
 
 

@@ -3,7 +3,8 @@
     jaxpo plan experiments/pod/llama_8b.py --topology v5e:16x16
     jaxpo train experiments/pod/llama_8b.py --output gs://BUCKET/llama_8b
 
-Planned (`benchmarks/README.md`), never run: there was no pod. `tpu_setup/README.md` is the way to one.
+Planned, never run: there was no pod. `tpu_setup/README.md` is the way to one. The model is gated; its sizes stand
+beside this file, so that it can be planned without it: `--model.source random:experiments/pod/llama_8b.json`.
 """
 
 from jaxpo.config import Config, Data, Mesh, Model, Optimizer, Processes, Reference, Rows, Train

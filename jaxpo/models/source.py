@@ -70,6 +70,15 @@ def open_model(source: str, revision: str | None = None, tokenizer: str | None =
     return dataclasses.replace(pretrained, load_tokenizer=_other_tokenizer(tokenizer, pretrained.architecture))
 
 
+def open_sizes(source: str, revision: str | None = None) -> Pretrained:
+    """A model of which only the sizes are of interest: of a hub's, nothing but its config is fetched, and its tensors
+    and tokenizer are not there. Raises InputError as `open_model` does."""
+    if not _is_hub_id(source) or pathlib.Path(source).exists():
+        return open_model(source, revision)
+    root = _download(source, revision, ('config.json',))
+    return dataclasses.replace(_open_random(source, root / 'config.json'), name=source, revision=root.name)
+
+
 def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', source) is not None
 

@@ -79,7 +79,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             if header and '->' in line:
                 lines = computations.setdefault(header[2], [])
                 entry = header[2] if header[1] else entry
-        elif line.startswith('}'):
+        elif line.rstrip() == '}':  # a kernel's own metadata may go over several lines, which begin with one too
             lines = None
         else:
             lines.append(line)

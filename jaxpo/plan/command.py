@@ -48,7 +48,7 @@ def plan(experiment: Experiment, arguments: argparse.Namespace) -> None:
     devices = describe(topology)
     if options.search:
         experiment = _split_over_all(experiment, len(devices))
-    run = prepare(experiment, devices, tokenizers=False)
+    run = prepare(experiment, devices, planned=True)
     if options.search:
         run, program = _searched(run, topology, devices, options.search)
     else:

@@ -235,7 +235,8 @@ def test_a_mesh_splits_the_factors_by_width_and_changes_nothing():
     for target, block in lora.BLOCKS.items():
         a, b = (shardings['layers'][block][f'{target}_lora_{factor}'].spec for factor in 'ab')
         reads_width = target not in ('output', 'down')
-        assert (a, b) == ((P(None, 'fsdp', None), P()) if reads_width else (P(), P(None, None, 'fsdp')))
+        factors = P(None, 'fsdp', None), P(None, None, 'tensor')
+        assert (a, b) == (factors if reads_width else (P(None, 'tensor', None), P(None, None, 'fsdp')))
     rows = NamedSharding(mesh, sharding.ROWS)
 
     def step(decoder):
@@ -257,7 +258,7 @@ def test_a_mesh_splits_the_factors_by_width_and_changes_nothing():
     parts = jax.jit(lora.merged, static_argnums=1, out_shardings=base_shardings)(
         jax.device_put(both, shardings), SETTINGS
     )
-    assert parts['layers']['mlp']['down'].sharding.spec == P(None, None, 'fsdp')
+    assert parts['layers']['mlp']['down'].sharding.spec == P(None, 'tensor', 'fsdp')
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), parts, whole)
 
 

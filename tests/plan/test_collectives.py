@@ -28,6 +28,9 @@ HloModule jit_step, is_scheduled=true
 %body (p: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
   %p = (s32[], bf16[16,64]) parameter(0)
   %shard = bf16[16,64]{1,0} get-tuple-element(%p), index=1
+  %kernel = bf16[16,64]{1,0} custom-call(%shard), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/while/body/kernel"}
   %async-collective-start = bf16[256,64]{1,0} fusion(%shard), kind=kCustom, calls=%started
   %async-collective-done = bf16[256,64]{1,0} fusion(%shard), kind=kCustom, calls=%ended
   %gradient = f32[256,64]{1,0} convert(%async-collective-done)

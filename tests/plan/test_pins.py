@@ -28,10 +28,10 @@ def gib(printed):
     return float(size) * UNITS[unit]
 
 
-def runs(printed, kind):
-    """How often a step runs a kind of collective."""
-    found = re.search(rf'│ {kind}\s*│\s*\d+ │\s*([\d,]+) │', printed)
-    return int(found[1].replace(',', '')) if found else 0
+def sent(printed, kind):
+    """How often a step runs a kind of collective, and the GiB that a device takes in by them."""
+    found = re.search(rf'│ {kind}\s*│\s*\d+ │\s*([\d,]+) │\s*([\d.]+) (\w+) │', printed)
+    return int(found[1].replace(',', '')), float(found[2]) * UNITS[found[3]]
 
 
 @for_tpus
@@ -39,7 +39,10 @@ def test_8b_on_256_small_chips(tmp_path):
     printed = planned(tmp_path, LLAMA_8B, 256, '--topology', 'v5e:16x16', '--price', '1.2')
     assert gib(printed) <= 4.0
     assert 'splash' in printed and 'cost of a million pairs' in printed
-    assert runs(printed, 'reduce-scatter') >= 31  # the head's gradient, a slab at a time
+    times, scattered = sent(printed, 'reduce-scatter')
+    assert times == 128256 // 4096 and scattered == pytest.approx(2, rel=0.2)  # the head's gradient, a slab at a time
+    # Weights of all layers and the head, in two bytes, for the reference, the policy and its gradient: no logits.
+    assert 37 < sent(printed, 'all-gather')[1] < 46
 
 
 @for_tpus
@@ -82,4 +85,4 @@ def test_a_search_ends_with_settings_that_fit(tmp_path):
 def test_8b_on_a_host_of_gpus(tmp_path):
     printed = planned(tmp_path, LLAMA_8B, 8, '--topology', 'h200:1x1x8')
     assert gib(printed) <= 40.0
-    assert runs(printed, 'reduce-scatter') >= 31
+    assert sent(printed, 'reduce-scatter')[0] >= 31
