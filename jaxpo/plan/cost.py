@@ -59,12 +59,12 @@ def work(run: Run, batch: Batch, pair: Pair) -> Work:
     ours = run.pretrained.architecture
     seen = pairs * _seen(*lengths, prompts)
     model = 3 * _forward(ours, tokens, seen, pairs * (lengths[1] + lengths[2]))
-    executed = (_TRAINED[run.config.model.remat] + twice) * _layers(ours, slots, _computed(run, slots, width))
-    executed += (_HEAD_TRAINED + twice) * _head(ours, scored)
+    executed = (_TRAINED[run.config.model.remat] + twice) * layers(ours, slots, _computed(run, slots, width))
+    executed += (_HEAD_TRAINED + twice) * head(ours, scored)
     for name in _live(run):
         theirs = run.pretrained_of(name).architecture
         model += _forward(theirs, tokens, seen, pairs * (lengths[1] + lengths[2]))
-        executed += (1 + twice) * (_layers(theirs, slots, _computed(run, slots, width)) + _head(theirs, scored))
+        executed += (1 + twice) * (layers(theirs, slots, _computed(run, slots, width)) + head(theirs, scored))
     return Work(tokens, pairs, model, executed, _memory_bytes(run, microbatches, slots))
 
 
@@ -101,16 +101,16 @@ def _computed(run: Run, slots: int, width: int) -> float:
 
 
 def _forward(architecture: Architecture, tokens: float, seen: float, scored: float) -> float:
-    return _layers(architecture, tokens, seen) + _head(architecture, scored)
+    return layers(architecture, tokens, seen) + head(architecture, scored)
 
 
-def _layers(architecture: Architecture, tokens: float, seen: float) -> float:
+def layers(architecture: Architecture, tokens: float, seen: float) -> float:
     """FLOPs of one pass through the layers: the products with kernels, and queries with keys, then with values."""
     attention = 4 * architecture.heads * architecture.head_dim * seen
     return architecture.layers * (2 * sum(a * b for a, b in kernels(architecture)) * tokens + attention)
 
 
-def _head(architecture: Architecture, scored: float) -> float:
+def head(architecture: Architecture, scored: float) -> float:
     return 2 * (architecture.vocabulary + architecture.padding) * architecture.width * scored
 
 
