@@ -91,32 +91,32 @@ def _check(options: Options) -> int:
     line = _this_host(options)
     _say(line)
     found = _of_all(line)
-    failures = _disagreements(found, options)
+    faults = _disagreements(found, options)
     if jax.process_index() == 0:
-        _say({'summary': {**_counts(), 'failures': failures}, 'ok': not failures})
+        _say({'summary': {**_counts(), 'failures': faults}, 'ok': not faults})
     processes.wait_for_all('health checked')
     if failures.started():
         jax.distributed.shutdown()
-    return 1 if failures else 0
+    return 1 if faults else 0
 
 
 def _this_host(options: Options) -> dict[str, Any]:
     """What this host finds on its own and together with the others."""
     memory = [_memory(device) for device in jax.local_devices()]
-    failures = []
+    faults = []
     for free in memory:
         if free is not None and free['free'] < FREE_SHARE * free['limit']:
-            failures.append(f'only {free["free"]} of {free["limit"]} bytes of a device are free')
+            faults.append(f'only {free["free"]} of {free["limit"]} bytes of a device are free')
     checksums = [_checksum(device) for device in jax.local_devices()]
     total = _sum_over_devices()
     if total != jax.device_count():
-        failures.append(f'the devices add up to {total}, and are {jax.device_count()}')
+        faults.append(f'the devices add up to {total}, and are {jax.device_count()}')
     trip = None
     if options.directory is not None:
         try:
             trip = storage.round_trip(storage.path(options.directory))
         except InputError as problem:
-            failures.append(str(problem))
+            faults.append(str(problem))
     return {
         'host': socket.gethostname(),
         'process': jax.process_index(),
@@ -126,8 +126,8 @@ def _this_host(options: Options) -> dict[str, Any]:
         'checksums': checksums,
         'memory': memory,
         'directory_seconds': trip,
-        'failures': failures,
-        'ok': not failures,
+        'failures': faults,
+        'ok': not faults,
     }
 
 
@@ -186,26 +186,26 @@ def _of_all(line: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _disagreements(found: list[dict[str, Any]], options: Options) -> list[str]:
     """What is wrong, over all hosts."""
-    failures = [f'{one["host"]}: {failure}' for one in found for failure in one['failures']]
+    faults = [f'{one["host"]}: {failure}' for one in found for failure in one['failures']]
     if options.hosts is not None and options.hosts != len(found):
-        failures.append(f'{len(found)} hosts answer, and {options.hosts} were expected')
+        faults.append(f'{len(found)} hosts answer, and {options.hosts} were expected')
     expected = _expected_devices()
     if expected is not None and expected != jax.device_count():
-        failures.append(f'{jax.device_count()} devices answer, and this slice has {expected}')
+        faults.append(f'{jax.device_count()} devices answer, and this slice has {expected}')
     if len({len(one['checksums']) for one in found}) > 1:
         held = ', '.join(f'{one["host"]} {len(one["checksums"])}' for one in found)
-        failures.append(f'hosts differ in their number of devices: {held}')
+        faults.append(f'hosts differ in their number of devices: {held}')
     usual, _ = collections.Counter(sum for one in found for sum in one['checksums']).most_common(1)[0]
     for one in found:
-        failures += [
+        faults += [
             f'{one["host"]}: device {place} of the host multiplies to {checksum}, and most to {usual}'
             for place, checksum in enumerate(one['checksums'])
             if checksum != usual
         ]
     apart = max(one['clock'] for one in found) - min(one['clock'] for one in found)
     if apart > CLOCK_SECONDS:
-        failures.append(f'clocks of hosts differ by {apart:.0f} s')
-    return failures
+        faults.append(f'clocks of hosts differ by {apart:.0f} s')
+    return faults
 
 
 def _expected_devices() -> int | None:
