@@ -51,7 +51,7 @@ class Planner:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """A command about losses and mixtures: it takes no experiment and trains nothing."""
+    """A command that takes no experiment and trains nothing: about losses, mixtures, this machine."""
 
     function: Callable[[Sequence[str]], int]
     usage: str
@@ -175,6 +175,6 @@ def _help() -> str:
     tools = '\n'.join(f'  {f"{name} {tool.usage}":16s} {tool.summary}' for name, tool in TOOLS.items())
     return (
         f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'
-        f'commands:\n{commands_}\n\nabout losses and mixtures:\n{tools}\n\n'
+        f'commands:\n{commands_}\n\nwithout an experiment:\n{tools}\n\n'
         f'`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
     )

@@ -216,9 +216,8 @@ def test_moments_have_the_dtype_asked_for():
     assert (first, second) == ({'bfloat16'}, {'float32'})
 
 
-@pytest.mark.parametrize('kind', ['bfloat16', 'adafactor'])
-def test_a_run_learns_and_resumes_bit_for_bit(tmp_path, kind):
-    options = dataclasses.replace(KINDS[kind], learning_rate=1e-2)
+def test_a_run_with_factored_moments_learns_and_resumes_bit_for_bit(tmp_path):
+    options = dataclasses.replace(KINDS['adafactor'], learning_rate=1e-2)
     steps = Train(batch_pairs=6, steps=4, checkpoint_every=2)
     tiny_runs.experiment(tmp_path)
     data = Data(train=str(tmp_path / 'train.jsonl'))
