@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -126,6 +126,18 @@ def _leave(failure: _Failure) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(failure.code)
+
+
+@contextlib.contextmanager
+def overdue(seconds: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Calls `give_up` from another thread where the block takes longer: it may wait where no exception reaches it."""
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def say(message: str) -> None:

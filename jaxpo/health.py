@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -230,13 +229,8 @@ def _over_within(seconds: float) -> Iterator[None]:
         _say({'ok': False, 'failures': [failure]})
         os._exit(1)
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
+    with failures.overdue(seconds, give_up):
         yield
-    finally:
-        timer.cancel()
 
 
 if __name__ == '__main__':

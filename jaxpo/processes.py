@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -194,13 +193,8 @@ def _within(seconds: float, message: str, code: int) -> Iterator[None]:
         failures.say(message)
         os._exit(code)
 
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
+    with failures.overdue(seconds, give_up):
         yield
-    finally:
-        timer.cancel()
 
 
 def agree(value: Value) -> Value:
