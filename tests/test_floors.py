@@ -51,6 +51,7 @@ FLOORS = {
     'commands': 14,
     'train': 14,
     'plan': 14,
+    'study': 14,
     'doctor': 8,
     'cli': 15,
     '__main__': 16,

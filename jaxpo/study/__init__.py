@@ -1,0 +1,1 @@
+"""Studies: many methods, settings and seeds compared, in one design, by one rule."""

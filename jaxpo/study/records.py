@@ -1,0 +1,213 @@
+"""A study's directory: what was planned, what each cell found, and which cells are done.
+
+    study.json                 the design, written before the first cell, and what it was extended by since
+    cells/ID/run.json          method, setting, seed, resolved config; compute and versions
+    cells/ID/metrics.jsonl     training lines, and evaluation lines: those with a `split`
+    cells/ID/pairs.jsonl       numbers by pair of the last evaluation, a line a split
+    cells/ID/tensorboard/      the same for TensorBoard, its HParams view included
+    done/ID.finished, ID.diverged or ID.error      written last: one listing says how far the study is
+
+A cell's files are written whole, once it has ended; what it finds is a function of its config alone, so two workers
+that run the same cell write the same.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from jaxpo import storage
+from jaxpo.errors import InputError
+from jaxpo.metrics import flatten
+from jaxpo.study.design import Cell, Study, settings_of
+from jaxpo.study.measures import PairNumbers
+
+FINISHED, DIVERGED, ERROR = STATES = ('finished', 'diverged', 'error')
+Line = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What a cell took."""
+
+    seconds: float  # of its program, divided by the cells that it trained at once; compilation and evaluation included
+    steps: int
+    tokens: int  # of training rows, padding left out
+    devices: int
+    cells_at_once: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a cell."""
+
+    state: str  # of STATES
+    lines: list[Line]  # of metrics.jsonl: training lines, and evaluation lines with `step`, `split` and metrics
+    pairs: dict[str, PairNumbers]  # split -> numbers after the last step; empty where there are no pairs
+    compute: Compute
+    error: str = ''  # why it did not finish
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A cell of a study's directory as it was written."""
+
+    id: str
+    method: str
+    setting: dict[str, Any]
+    repeat: int
+    seed: int
+    config: dict[str, Any]
+    state: str
+    error: str
+    compute: Compute
+    versions: dict[str, Any]
+    directory: storage.Path
+
+    @functools.cached_property
+    def lines(self) -> list[Line]:
+        return _read_lines(self.directory / 'metrics.jsonl')
+
+    @functools.cached_property
+    def pairs(self) -> dict[str, dict[str, list[float]]]:
+        """Split -> field of PairNumbers -> list."""
+        return {line.pop('split'): line for line in _read_lines(self.directory / 'pairs.jsonl')}
+
+
+def design_of(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What is said before anything is run, as JSON."""
+    methods = {
+        name: {**dataclasses.asdict(method), 'trials': settings_of(study, name)}
+        for name, method in study.methods.items()
+    }
+    plain = {
+        field.name: getattr(study, field.name)
+        for field in dataclasses.fields(study)
+        if field.name not in ('base', 'methods', 'cells_per_program', 'lanes')
+    }
+    base = dataclasses.asdict(study.base)
+    listed = [
+        {'id': cell.id, 'method': cell.method, 'setting': cell.setting, 'repeat': cell.repeat, 'seed': cell.seed}
+        for cell in cells
+    ]
+    return json.loads(json.dumps({**plain, 'base': base, 'methods': methods, 'cells': listed}))
+
+
+def claim(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
+    """Writes the design into a new directory, or finds the same there, or one that this one only adds cells to.
+
+    InputError where cells are missing from the new design or its rules are others: a design is not changed once cells
+    have run. What was added, and after how many cells had ended, stands in study.json for the report to say.
+    """
+    file, new = root / 'study.json', design_of(study, cells)
+    if not file.exists():
+        if root.exists() and any(root.iterdir()):
+            raise InputError(f'output: {root} is not empty and holds no study. Name a new directory.')
+        storage.write_text(file, _pretty({'design': new, 'extensions': []}))
+        return
+    held = json.loads(file.read_text(encoding='utf-8'))
+    old = held['design']
+    if old == new:
+        return
+    lost = {cell['id'] for cell in old['cells']} - {cell['id'] for cell in new['cells']}
+    rules = ('baseline', 'metric', 'higher_is_better', 'selection_share', 'confidence')
+    changed = [name for name in rules if old[name] != new[name]]
+    if lost or changed:
+        what = [f'{len(lost)} of its cells are not in the new one'] if lost else []
+        what += [f'{name} was {old[name]!r} and is {new[name]!r}' for name in changed]
+        raise InputError(
+            f'output: {root} holds a study of another design: {"; ".join(what)}. A design may be added to, not '
+            'changed: name a new directory.'
+        )
+    before = {cell['id'] for cell in old['cells']}
+    added = [cell['id'] for cell in new['cells'] if cell['id'] not in before]
+    extension = {'cells_added': added, 'cells_done_before': len(states(root))}
+    storage.write_text(file, _pretty({'design': new, 'extensions': [*held['extensions'], extension]}))
+
+
+def states(root: storage.Path) -> dict[str, str]:
+    """Cell -> its state, of all that have ended."""
+    directory = root / 'done'
+    if not directory.exists():
+        return {}
+    names = sorted(path.name for path in directory.iterdir())
+    return dict(name.rsplit('.', 1) for name in names if name.rsplit('.', 1)[-1] in STATES)
+
+
+def write(root: storage.Path, cell: Cell, outcome: Outcome, versions: Mapping[str, Any]) -> None:
+    """Writes what came of a cell, and last that it has ended."""
+    directory = root / 'cells' / cell.id
+    run = {
+        'id': cell.id,
+        'method': cell.method,
+        'setting': cell.setting,
+        'repeat': cell.repeat,
+        'seed': cell.seed,
+        'state': outcome.state,
+        'error': outcome.error,
+        'compute': dataclasses.asdict(outcome.compute),
+        'versions': dict(versions),
+        'config': dataclasses.asdict(cell.config),
+    }
+    storage.write_text(directory / 'run.json', _pretty(run))
+    storage.write_text(directory / 'metrics.jsonl', _jsonl(outcome.lines))
+    storage.write_text(directory / 'pairs.jsonl', _jsonl(_pair_lines(outcome.pairs)))
+    _write_tensorboard(directory / 'tensorboard', cell, outcome)
+    storage.write_text(root / 'done' / f'{cell.id}.{outcome.state}', '')
+
+
+def _pair_lines(pairs: Mapping[str, PairNumbers]) -> Iterable[Line]:
+    for split, numbers in pairs.items():
+        yield {'split': split, **{name: values.tolist() for name, values in vars(numbers).items()}}
+
+
+def _write_tensorboard(directory: storage.Path, cell: Cell, outcome: Outcome) -> None:
+    """Scalars by step, and the cell's settings beside its last evaluation in the HParams view."""
+    last: dict[str, float] = {}
+    with storage.grown_locally(directory) as (local, _), SummaryWriter(str(local)) as tensorboard:
+        for line in outcome.lines:
+            prefix = f'{line["split"]}/' if 'split' in line else ''
+            values = {f'{prefix}{k}': v for k, v in line.items() if k not in ('step', 'split') and math.isfinite(v)}
+            last |= values if prefix else {}
+            for name, value in values.items():
+                tensorboard.add_scalar(name, value, line['step'])
+        setting = {'method': cell.method, 'seed': cell.seed, 'state': outcome.state, **flatten(cell.setting)}
+        tensorboard.add_hparams(setting, last, name='hparams')
+
+
+def read_design(root: storage.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A study's design and its extensions. InputError where the directory holds none."""
+    file = root / 'study.json'
+    if not file.exists():
+        raise InputError(f'{root} holds no study: there is no study.json. `jaxpo study EXPERIMENT` makes one.')
+    held = json.loads(file.read_text(encoding='utf-8'))
+    return held['design'], held['extensions']
+
+
+def read(root: storage.Path) -> list[Record]:
+    """All cells that have ended, in the order of the design."""
+    design, _ = read_design(root)
+    ended = states(root)
+    return [_record(root, cell['id']) for cell in design['cells'] if cell['id'] in ended]
+
+
+def _record(root: storage.Path, identity: str) -> Record:
+    directory = root / 'cells' / identity
+    held = json.loads((directory / 'run.json').read_text(encoding='utf-8'))
+    return Record(**{**held, 'compute': Compute(**held['compute']), 'directory': directory})
+
+
+def _read_lines(file: storage.Path) -> list[Line]:
+    return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()] if file.exists() else []
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + '\n'
+
+
+def _jsonl(lines: Iterable[Line]) -> str:
+    return ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
