@@ -169,7 +169,8 @@ def replaced(config: Any, field: str, value: Any) -> Any:
 def _replaced(node: Any, names: Sequence[str], value: Any, field: str) -> Any:
     name, rest = names[0], names[1:]
     if isinstance(node, Mapping):
-        if rest and name not in node:
+        # An objective is spelled out: it has all the words that there are.
+        if name not in node and (rest or field.startswith('objective.')):
             raise unknown(f'entry of {field}', name, node)
         return {**node, name: _replaced(node[name], rest, value, field) if rest else value}
     if not dataclasses.is_dataclass(node):
