@@ -107,6 +107,17 @@ class Progress:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByPrompt:
+    """The difference in the accuracy of the methods' own rewards, uncertain by seeds and by prompts."""
+
+    seeds: int
+    prompts: int
+    difference: float  # method minus baseline
+    low: float | None  # two-way bootstrap, pairs of a prompt together
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class LeaderboardRow:
     """One method at its chosen setting, on the report split after the last step."""
 
@@ -120,9 +131,7 @@ class LeaderboardRow:
     values: tuple[float | None, ...]  # by repeat
     selection_mean: float | None  # what it was chosen by
     against_baseline: Comparison | None  # None for the baseline
-    by_prompt: (
-        Comparison | None
-    )  # accuracy over seeds and prompts, two-way bootstrap; of it, only difference, low, high
+    by_prompt: Comparison | None  # accuracy, two-way bootstrap: of it only difference, low, high
     prompts: int | None  # of the bootstrap
     failed: int  # cells of the chosen setting that diverged, stopped with an error, or are not there
     cells: tuple[str, ...]  # ids of the chosen setting's cells that the numbers are from
@@ -169,7 +178,7 @@ class MethodFrontier:
     method: str
     points: tuple[FrontierPoint, ...]
     front: tuple[tuple[float, float], ...]  # KL, reward: of means over seeds, rising in both
-    area: float | None  # mean over seeds of the mean reward along the front from KL 0 to `area_up_to`
+    area: float | None  # mean over seeds of the mean reward along the front from `area_from` to `area_up_to`
     area_comparison: Comparison | None
 
 
@@ -199,6 +208,7 @@ class Frontier:
 
     methods: tuple[MethodFrontier, ...]  # the A/A arm last
     matched: tuple[MatchedKL, ...]  # rising KL
+    area_from: float | None  # nats: what every method and seed reached
     area_up_to: float | None
     caption: str
 
@@ -222,13 +232,17 @@ class RobustnessRow:
 
     method: str
     runs: int  # with a number
-    failed: int  # that ended without one: below every threshold, in no mean
-    interquartile_mean: float | None
-    worst_quartile: float | None  # mean of the worst quarter
+    failed: int  # that ended without one: worse than every number
+    interquartile_mean: float | None  # None where failed runs reach into the middle half
+    worst_quartile: float | None  # mean of the worst quarter; None where a failed run is in it
     share_above_start: float | None
     share_above_baseline: float | None  # above the mean of the baseline at its chosen setting
-    profile: tuple[tuple[float, float, float, float], ...]  # threshold, share at least as good, low, high
-    best_of: tuple[float, ...]  # k = 1, 2, ... settings drawn from the grid: value of the one chosen on selection
+    profile: tuple[
+        tuple[float, float, float | None, float | None], ...
+    ]  # threshold, share of runs that are better, low, high
+    best_of: tuple[float | None, ...]
+    """By k = 1, 2, ... settings drawn from the grid: expected value of the one chosen on the selection split. None for
+    so small a k that only settings with failed runs may be drawn."""
     fields: tuple[str, ...]  # of the grid, as `HeatCell.values` has them
     grid: tuple[HeatCell, ...]
 
