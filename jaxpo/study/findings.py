@@ -131,8 +131,7 @@ class LeaderboardRow:
     values: tuple[float | None, ...]  # by repeat
     selection_mean: float | None  # what it was chosen by
     against_baseline: Comparison | None  # None for the baseline
-    by_prompt: Comparison | None  # accuracy, two-way bootstrap: of it only difference, low, high
-    prompts: int | None  # of the bootstrap
+    by_prompt: ByPrompt | None  # where there are numbers by pair
     failed: int  # cells of the chosen setting that diverged, stopped with an error, or are not there
     cells: tuple[str, ...]  # ids of the chosen setting's cells that the numbers are from
     note: str  # '' or what a reader must know of this row
