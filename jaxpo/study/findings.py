@@ -171,12 +171,20 @@ class FrontierPoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrontPoint:
+    """A setting and step that no other beats at less KL."""
+
+    kl: float
+    reward: float
+
+
+@dataclasses.dataclass(frozen=True)
 class MethodFrontier:
     """All points of a method, and its best reward up to each KL."""
 
     method: str
     points: tuple[FrontierPoint, ...]
-    front: tuple[tuple[float, float], ...]  # KL, reward: of means over seeds, rising in both
+    front: tuple[FrontPoint, ...]  # of means over seeds, rising in both
     area: float | None  # mean over seeds of the mean reward along the front from `area_from` to `area_up_to`
     area_comparison: Comparison | None
 
@@ -226,6 +234,16 @@ class HeatCell:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfilePoint:
+    """How many runs are better than a threshold."""
+
+    threshold: float  # of the metric
+    share: float  # of all runs of the method, failed ones included
+    low: float | None  # band by seeds
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
 class RobustnessRow:
     """A method over its whole grid: all settings, all seeds, on the report split."""
 
@@ -236,9 +254,7 @@ class RobustnessRow:
     worst_quartile: float | None  # mean of the worst quarter; None where a failed run is in it
     share_above_start: float | None
     share_above_baseline: float | None  # above the mean of the baseline at its chosen setting
-    profile: tuple[
-        tuple[float, float, float | None, float | None], ...
-    ]  # threshold, share of runs that are better, low, high
+    profile: tuple[ProfilePoint, ...]  # rising thresholds
     best_of: tuple[float | None, ...]
     """By k = 1, 2, ... settings drawn from the grid: expected value of the one chosen on the selection split. None for
     so small a k that only settings with failed runs may be drawn."""
