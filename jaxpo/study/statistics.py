@@ -176,7 +176,8 @@ def two_way_bootstrap(
     there are of each, which makes the variance of few unbiased. The interval is t by the bootstrap's standard error,
     not percentiles, which are too narrow for few seeds; its degrees of freedom are Satterthwaite's, of the seeds' part
     and the clusters' part. The crossed scheme counts noise of single values more than once: it errs on the wide side.
-    Owen 2007, Annals of Applied Statistics 1; Rao and Wu 1988. Deterministic in `seed`.
+    Simulated with 60 prompts, intervals of 95 % cover 93 to 100 % from 3 seeds on, by what varies most; with 2 seeds
+    87 % where those do. Owen 2007, Annals of Applied Statistics 1; Rao and Wu 1988. Deterministic in `seed`.
 
     Raises:
       InputError: values that are not finite, or clusters that are not one an item.
