@@ -58,7 +58,12 @@ def metrics_of(numbers: PairNumbers) -> dict[str, float]:
 
 def accuracy(margins: np.ndarray) -> float:
     """Share of positive margins; a tie counts one half."""
-    return _mean((np.sign(margins) + 1) / 2)
+    return _mean(correct(margins))
+
+
+def correct(margins: np.ndarray) -> np.ndarray:
+    """1 where a margin is positive, one half where it is 0, else 0."""
+    return (np.sign(margins) + 1) / 2
 
 
 def correlation(left: np.ndarray, right: np.ndarray) -> float:
