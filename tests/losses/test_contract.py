@@ -27,20 +27,23 @@ def double():
 CASES = [(name, options) for name in NAMES for options in contract.settings(losses.find(name))]
 
 
-def theirs(name, sample, options, sides=None):
-    """The oracle's losses of an example; `sides` replace its completions, whose own are then the frozen ones."""
-    entry = losses.find(name)
-    frozen = [[oracles.side_of(side, index) for index in range(PAIRS)] for side in (sample.chosen, sample.rejected)]
-    sides = sides or frozen
+def sides_of(sample):
+    """The oracle's completions of an example: chosen and rejected, of each pair."""
+    completions = jax.device_get((sample.chosen, sample.rejected))
+    return [[oracles.side_of(side, index) for index in range(PAIRS)] for side in completions]
+
+
+def oracle_of(name, sample, options):
+    """The oracle of an example, `(sides, index) -> loss` of a pair; `-> losses` of all where the loss couples them."""
+    frozen = sides_of(sample)
     oracle = oracles.COUPLED.get(name) or oracles.ORACLES[name]
     known = inspect.signature(oracle).parameters
-    given = {'frozen': frozen, **sample.extra, **entry.hyperparameters(options)}
+    given = {'frozen': frozen, **sample.extra, **losses.find(name).hyperparameters(options)}
     given = {key: value for key, value in given.items() if key in known}
     if name in oracles.COUPLED:
-        return np.asarray(oracle(*sides, **given))
-    if 'frozen' in given:
-        return np.array([oracle(*pair, **given | {'frozen': still}) for pair, still in zip(zip(*sides), zip(*frozen))])
-    return np.array([oracle(*pair, **given) for pair in zip(*sides)])
+        return lambda sides, index: np.asarray(oracle(*sides, **given))
+    by_pair = [given | ({'frozen': pair} if 'frozen' in given else {}) for pair in zip(*frozen)]
+    return lambda sides, index: np.asarray(oracle(sides[0][index], sides[1][index], **by_pair[index]))
 
 
 def total(name, options, sample, weights=None):
@@ -63,7 +66,9 @@ def test_every_loss_has_an_oracle():
 def test_value_equals_oracle(double, name, options):
     sample = contract.example(losses.find(name), options)
     values, rewards = contract.losses_of(losses.find(name), sample, options)
-    np.testing.assert_allclose(values, theirs(name, sample, options), rtol=1e-11, atol=1e-13)
+    oracle, sides = oracle_of(name, sample, options), sides_of(sample)
+    theirs = oracle(sides, 0) if name in oracles.COUPLED else [oracle(sides, index) for index in range(PAIRS)]
+    np.testing.assert_allclose(values, theirs, rtol=1e-11, atol=1e-13)
     assert values.shape == rewards.chosen.shape == rewards.rejected.shape == (PAIRS,)
 
 
@@ -77,19 +82,11 @@ def test_golden_value(double, name, options, value):
     np.testing.assert_allclose(values, [value], rtol=1e-11)
 
 
-def nudged(sample, which, field, index, token, shift):
-    """The oracle's sides of an example with one number of one completion moved."""
-    sides = [[oracles.side_of(side, pair) for pair in range(PAIRS)] for side in (sample.chosen, sample.rejected)]
-    side = sides[which][index]
+def numbers_of(side, field):
+    """The array [T] of an oracle's completion that a field of gradients is by."""
     if field == 'policy_logps':
-        side.policy = side.policy.copy()
-        side.policy[token] += shift
-    else:
-        names = side.masks if field.startswith('masks/') else side.statistics
-        field = field.removeprefix('masks/')
-        names[field] = names[field].copy()
-        names[field][token] += shift
-    return sides
+        return side.policy
+    return side.masks[field.removeprefix('masks/')] if field.startswith('masks/') else side.statistics[field]
 
 
 def differentiable(gradient):
@@ -103,18 +100,19 @@ def differentiable(gradient):
 def test_gradient_equals_finite_differences_of_the_oracle(double, name, options):
     sample = contract.example(losses.find(name), options)
     gradients = jax.grad(total(name, options, sample), argnums=(0, 1))(sample.chosen, sample.rejected)
-    step = 1e-6
+    oracle, sides, step = oracle_of(name, sample, options), sides_of(sample), 1e-6
     for which, gradient in enumerate(gradients):
-        for field, slopes in differentiable(gradient).items():
+        for field, found in differentiable(gradient).items():
+            slopes = np.empty((PAIRS, TOKENS))
             for index, token in np.ndindex(PAIRS, TOKENS):
-                ends = [
-                    theirs(name, sample, options, nudged(sample, which, field, index, token, shift)).sum()
-                    for shift in (step, -step)
-                ]
-                slope = (ends[0] - ends[1]) / (2 * step)
-                np.testing.assert_allclose(
-                    slopes[index, token], slope, atol=1e-7, rtol=1e-6, err_msg=f'{field} {index} {token}'
-                )
+                numbers, ends = numbers_of(sides[which][index], field), []
+                unmoved = numbers[token]
+                for shift in (step, -step):
+                    numbers[token] = unmoved + shift
+                    ends.append(oracle(sides, index).sum())
+                numbers[token] = unmoved
+                slopes[index, token] = (ends[0] - ends[1]) / (2 * step)
+            np.testing.assert_allclose(found, slopes, atol=1e-7, rtol=1e-6, err_msg=field)
 
 
 @pytest.mark.parametrize('name', sorted(oracles.AT_REFERENCE))

@@ -45,16 +45,16 @@ class Side:
 
 
 def side_of(completion, index) -> Side:
-    """One pair's side of a Completion."""
+    """One pair's side of a Completion, in arrays of its own."""
     names = ('forward_kl', 'reverse_kl', 'entropy', 'log_sum_squares', 'reference_entropy', 'prompt_hidden')
     found = {name: getattr(completion, name) for name in names}
 
     def pick(values):
-        return {name: np.asarray(value[index], np.float64) for name, value in values.items() if value is not None}
+        return {name: np.array(value[index], np.float64) for name, value in values.items() if value is not None}
 
     weights = completion.mixing_weights
     return Side(
-        np.asarray(completion.policy_logps[index], np.float64),
+        np.array(completion.policy_logps[index], np.float64),
         [np.asarray(logps[index], np.float64) for logps in completion.reference_logps],
         None if weights is None else np.asarray(weights[:, index], np.float64).tolist(),
         np.asarray(completion.weights[index], np.float64),
