@@ -81,8 +81,8 @@ def evaluate(evaluator: Evaluator, state: TrainState) -> Evaluation:
     if evaluator.pairs:
         metrics |= _score_pairs(evaluator, state)
     if evaluator.prompts:
-        samples = _sample(evaluator, state)
-        metrics |= _summary(samples, run.objective.references)
+        samples = draw_samples(evaluator, state)
+        metrics |= summarised(samples, run.objective.references)
         shown = _show(run, state.policy, evaluator.prompts[: run.config.evaluate.show])
     return Evaluation({f'eval/{name}': value for name, value in metrics.items()}, samples, shown)
 
@@ -104,7 +104,8 @@ def _parts(run: Run, pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
     return (pairs[start : start + size] for start in range(0, len(pairs), size))
 
 
-def _sample(evaluator: Evaluator, state: TrainState) -> list[Sampled]:
+def draw_samples(evaluator: Evaluator, state: TrainState) -> list[Sampled]:
+    """COMPLETIONS of each of the evaluator's prompts, in order."""
     run, prompts = evaluator.run, evaluator.prompts
     groups = generate(run, state.policy, prompts, COMPLETIONS, run.config.sample)
     log_ratios = [[{}] * COMPLETIONS for _ in prompts]
@@ -175,7 +176,8 @@ def _log_ratios(evaluator: Evaluator, state: TrainState, groups) -> list[list[di
     return ratios
 
 
-def _summary(samples: Sequence[Sampled], references: Sequence[str]) -> dict[str, float]:
+def summarised(samples: Sequence[Sampled], references: Sequence[str]) -> dict[str, float]:
+    """Means over samples, COMPLETIONS of each prompt in order, as `evaluate` has them, without its prefix."""
     metrics = {
         'completion_tokens': float(np.mean([sample.tokens for sample in samples])),
         'ended': float(np.mean([sample.ended for sample in samples])),

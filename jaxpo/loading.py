@@ -26,7 +26,7 @@ def abstract_state(run: Run) -> tuple[TrainState, TrainState]:
         full = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_params(run.pretrained.architecture)
         )
-        params = _fresh_adapter(run) if run.lora else full
+        params = fresh_adapter(run) if run.lora else full
         base = _frozen(full, run.dtype) if run.lora else {}
         references = {name: _abstract_reference(run, name) for name in run.held('own')}
         averages = dict.fromkeys(run.averages, params if run.lora else full)
@@ -58,7 +58,8 @@ def _in_host(shardings):
     return jax.tree.map(lambda one: one.with_memory_kind('pinned_host'), shardings)
 
 
-def _fresh_adapter(run: Run) -> dict[str, Any]:
+def fresh_adapter(run: Run) -> dict[str, Any]:
+    """The adapter that the run starts with."""
     key = jax.random.fold_in(jax.random.key(run.config.train.seed), _ADAPTER_KEY)
     return lora.init_adapter(run.pretrained.architecture, run.lora, key)
 
@@ -128,15 +129,23 @@ def load_state(run: Run) -> TrainState:
     return start.replace(opt_state=jax.jit(run.optimizer.init, out_shardings=shardings.opt_state)(start.trained))
 
 
-def load_start(run: Run, *, references: bool = True) -> TrainState:
-    """The state at step 0 without its optimizer, as evaluation reads it; with the policy alone, as sampling does."""
+def load_start(run: Run, *, policy: dict[str, Any] | None = None, references: bool = True) -> TrainState:
+    """The state at step 0 without its optimizer, as evaluation reads it; with the policy alone, as sampling does.
+
+    Args:
+      policy: its weights, where they are in memory already. They are copied.
+      references: whether there is a use for them.
+    """
     _, shardings = abstract_state(run)
-    policy = load_weights(run, None, shardings.base_params if run.lora else shardings.params)
-    unsaved = load_unsaved(run, policy, references=references)
-    params = policy
-    if run.lora:
-        params = jax.jit(functools.partial(_fresh_adapter, run), out_shardings=shardings.params)()
     copy = jax.jit(lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree))
+    held = policy
+    if held is None:
+        held = load_weights(run, None, shardings.base_params if run.lora else shardings.params)
+    unsaved = load_unsaved(run, held, references=references)
+    if run.lora:
+        params = jax.jit(functools.partial(fresh_adapter, run), out_shardings=shardings.params)()
+    else:
+        params = held if policy is None else copy(held)
     averages = {name: copy(_first_average(run, name, params, shardings)) for name in run.averages if references}
     method_shardings = (shardings.method_state, shardings.method_params)
     method_state, method_params = jax.jit(functools.partial(init_method, run), out_shardings=method_shardings)()

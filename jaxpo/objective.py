@@ -15,14 +15,20 @@ from jaxpo.pair_metrics import preferred as preferred
 from jaxpo.pair_metrics import reference_metrics, reward_metrics
 from jaxpo.references import mixture as mixtures
 from jaxpo.references.mixture import Combined
-from jaxpo.specification import MIXTURE, Objective, Term
+from jaxpo.specification import MIXTURE as MIXTURE
+from jaxpo.specification import Objective, Term
 from jaxpo.specification import make as make
 from jaxpo.specification import mrpo as mrpo
 from jaxpo.specification import spelled_out as spelled_out
 from jaxpo.specification import spelled_out_again as spelled_out_again
-from jaxpo.types import Completion
+from jaxpo.types import Completion, Rewards
 
 _MIXTURE_PLACE = 2**31 - 1  # no loss of an objective stands there
+
+TURNS = 'turns'
+"""Where hyperparameters have an entry of this name, the objective holds the losses of many, and the entry says which
+of them this one is made of: `{loss: {'active': 0 or 1, 'place': its place among them}}`, traced
+(`jaxpo.study.union`)."""
 
 
 def init_state(objective: Objective) -> dict[str, Any]:
@@ -53,16 +59,15 @@ def update_state(
 ) -> dict[str, Any]:
     """The losses' running state after a step's pairs, which must be all of them. Nothing here is differentiated."""
     found = combine(objective, hyperparameters, *jax.lax.stop_gradient((chosen, rejected)), state=state, key=key)
-    return state | {
-        term.loss.name: term.loss.updated(
-            state[term.loss.name],
-            *_sides_of(term, found),
-            **hyperparameters[term.loss.name],
-            **dict(term.choices),
-        )
-        for term in objective.terms
-        if term.loss.init_state
-    }
+    turns, new = hyperparameters.get(TURNS), {}
+    for term in objective.terms:
+        if term.loss.init_state:
+            name = term.loss.name
+            numbers = {**hyperparameters[name], **dict(term.choices)}
+            new[name] = term.loss.updated(state[name], *_sides_of(term, found), **numbers)
+            if turns is not None:
+                new[name] = _selected(turns[name]['active'] > 0, new[name], state[name])
+    return state | new
 
 
 def combine(
@@ -167,25 +172,73 @@ def evaluate(
     Returns:
       Scalar loss and metrics, each to be summed over the parts of the step.
     """
-    total, metrics, primary = 0.0, {}, None
     found = combine(objective, hyperparameters, chosen, rejected, state=state, key=key if draw else None)
-    for place, term in enumerate(objective.terms):
-        name, numbers = term.loss.name, dict(hyperparameters[term.loss.name])
-        weight = numbers.pop('weight')
-        values, rewards = term.loss(
-            *_sides_of(term, found),
-            state=(state or {}).get(name),
-            params=(params or {}).get(name),
-            key=None if key is None else jax.random.fold_in(key, place),
-            **numbers,
-            **dict(term.choices),
-        )
-        share = (values * pair_weight).sum() / counts[term.loss.normaliser]
-        total = total + weight * share
-        primary = rewards if primary is None else primary
+    values, primary = _terms(objective, hyperparameters, found, state=state, params=params, key=key)
+    total, metrics = 0.0, {}
+    for term in objective.terms:
+        name = term.loss.name
+        share = (values[name] * pair_weight).sum() / counts[term.loss.normaliser]
+        total = total + hyperparameters[name]['weight'] * share
         if len(objective.terms) > 1:
             metrics[f'loss/{name}'] = share
     metrics |= reward_metrics(primary, chosen, rejected, pair_weight, counts)
     if objective.mixture is not None:
         metrics |= reference_metrics(objective.references, chosen, rejected, found.weights * pair_weight[None], counts)
     return total, {'loss': total, **metrics}
+
+
+def by_pair(
+    objective: Objective,
+    hyperparameters: dict[str, dict[str, jax.Array]],
+    chosen: Completion,
+    rejected: Completion,
+    *,
+    state: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, Rewards]:
+    """The loss of each of B pairs `[B]`, terms with their weights added up, and the first loss's implicit rewards.
+
+    As an evaluation sees them; arguments are those of `evaluate`.
+    """
+    found = combine(objective, hyperparameters, chosen, rejected, state=state)
+    values, rewards = _terms(objective, hyperparameters, found, state=state, params=params, key=key)
+    return sum(hyperparameters[name]['weight'] * value for name, value in values.items()), rewards
+
+
+def _terms(
+    objective: Objective, hyperparameters: dict[str, dict[str, jax.Array]], found: Combined, *, state, params, key
+) -> tuple[dict[str, jax.Array], Rewards]:
+    """Unreduced losses `[B]` by name, without their weights, and the rewards of the first."""
+    values, primary, turns = {}, None, hyperparameters.get(TURNS)
+    for place, term in enumerate(objective.terms):
+        name, numbers = term.loss.name, dict(hyperparameters[term.loss.name])
+        numbers.pop('weight')
+        sides, own = _sides_of(term, found), (params or {}).get(name)
+        if turns is not None:
+            sides, own = _cut_off((sides, own), turns[name]['active'])
+            place = turns[name]['place']
+        values[name], rewards = term.loss(
+            *sides,
+            state=(state or {}).get(name),
+            params=own,
+            key=None if key is None else jax.random.fold_in(key, place),
+            **numbers,
+            **dict(term.choices),
+        )
+        if turns is not None:
+            values[name] = jnp.where(turns[name]['active'] > 0, values[name], 0)
+        if primary is None:
+            primary = rewards
+        elif turns is not None:
+            primary = _selected((turns[name]['active'] > 0) & (place == 0), rewards, primary)
+    return values, primary
+
+
+def _cut_off(tree, active: jax.Array):
+    """The same values, through which no gradient flows where the loss is not active: not even one that is NaN."""
+    return jax.tree.map(lambda leaf: jnp.where(active > 0, leaf, jax.lax.stop_gradient(leaf)), tree)
+
+
+def _selected(condition: jax.Array, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -1,0 +1,116 @@
+"""Which cells share a program: same shapes and words, so that only numbers, seeds and the choice of losses differ."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+
+from jaxpo import objective as objectives
+from jaxpo.config import Config
+from jaxpo.errors import InputError
+from jaxpo.objective import Objective
+from jaxpo.study.design import Cell, Study
+from jaxpo.study.union import joins, union
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """Cells that are trained together, `at_once` in one program: some may have ended already."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    at_once: int
+    """Cells of the program: more than there are here where the last bundle of a kind is filled up."""
+    kind: str
+    """Equal for bundles that share compiled programs."""
+    peers: tuple[Cell, ...] = dataclasses.field(repr=False)
+    """All cells of the kind."""
+    whole: Objective | None = None
+    """The losses of all cells of the kind; None where the experiment trains in a way of its own."""
+
+
+def bundles(study: Study, cells: Sequence[Cell], devices: int) -> list[Bundle]:
+    """All cells of a study of language models, in bundles; a function of the design alone.
+
+    InputError for an objective that cannot be, or a model that is split over devices beside `cells_per_program`.
+    """
+    if study.cells_per_program > 1:
+        _check_whole_models(study.base)
+    found = []
+    for kind, whole, members in _kinds(cells):
+        most = study.cells_per_program if _stacks(whole) else 1
+        chunks = -(-len(members) // most)
+        at_once = -(-len(members) // chunks)
+        if at_once > 1:
+            at_once = -(-at_once // devices) * devices
+        for start in range(0, len(members), at_once):
+            part = tuple(members[start : start + at_once])
+            found.append(Bundle(_name(part), part, at_once, f'{kind}-{at_once}', tuple(members), whole))
+    return found
+
+
+def single(bundle: Bundle) -> list[Bundle]:
+    """Its cells one by one."""
+    return [
+        dataclasses.replace(bundle, name=_name((cell,)), cells=(cell,), at_once=1, kind=f'{bundle.kind}-1')
+        for cell in bundle.cells
+    ]
+
+
+def plain_bundles(cells: Sequence[Cell]) -> list[Bundle]:
+    """Bundles of an experiment that trains in a way of its own: a method each."""
+    members = collections.defaultdict(list)
+    for cell in cells:
+        members[cell.method].append(cell)
+    return [Bundle(_name(part), tuple(part), len(part), method, tuple(part)) for method, part in members.items()]
+
+
+def _name(cells: Sequence[Cell]) -> str:
+    """Of the lease of these cells."""
+    return hashlib.sha256(' '.join(cell.id for cell in cells).encode()).hexdigest()[:12]
+
+
+def _check_whole_models(config: Config) -> None:
+    for axis in ('replica', 'fsdp', 'tensor'):
+        if getattr(config.mesh, axis) != 1:
+            raise InputError(
+                f'study: cells_per_program trains whole cells side by side, each on one device, but mesh.{axis} is '
+                f'{getattr(config.mesh, axis)}: set it to 1, or cells_per_program to 1.'
+            )
+    for name, reference in config.references.items():
+        if reference.memory != 'device':
+            raise InputError(f'study: references.{name}.memory must be device where cells_per_program is above 1.')
+
+
+def _stacks(whole: Objective) -> bool:
+    """Whether cells can share a program: not where validation pairs choose or judge each one's mixing weights."""
+    return whole.mixture is None or whole.mixture.observes in ('nothing', 'step')
+
+
+def _kinds(cells: Sequence[Cell]) -> list[tuple[str, Objective, list[Cell]]]:
+    kinds: list[tuple[str, list[Objective], list[Cell]]] = []
+    for cell in cells:
+        objective = objectives.make(cell.config.objective, tuple(cell.config.references))
+        shape = _shape(cell)
+        home = next((kind for kind in kinds if kind[0] == shape and joins(objective, kind[1])), None)
+        if home is None:
+            home = (shape, [], [])
+            kinds.append(home)
+        if objective not in home[1]:
+            home[1].append(objective)
+        home[2].append(cell)
+    return [(f'{place}', union(found), members) for place, (_, found, members) in enumerate(kinds)]
+
+
+def _shape(cell: Cell) -> str:
+    """What of a config is not traced, as text."""
+    held = dataclasses.asdict(cell.config)
+    for name in ('output', 'objective', 'tables'):
+        del held[name]
+    rates = ('learning_rate', 'method_learning_rate', 'schedule', 'final_learning_rate_ratio', 'warmup_steps')
+    held['optimizer'] = {name: value for name, value in held['optimizer'].items() if name not in rates}
+    sources = [held['model']['source'], *(reference['source'] for reference in held['references'].values())]
+    if not any(source.startswith('random:') for source in sources):
+        del held['train']['seed']  # else it makes the weights
+    return json.dumps(held, sort_keys=True)

@@ -1,0 +1,166 @@
+"""Training the cells of a study of language models, one by one or many in one program."""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpo import evaluate, loading, sharding, weighing
+from jaxpo.data import rows
+from jaxpo.run import Run
+from jaxpo.state import TrainState
+from jaxpo.study import heldout, programs
+from jaxpo.study.bundles import Bundle
+from jaxpo.study.design import Cell
+from jaxpo.study.measures import metrics_of
+from jaxpo.study.records import Compute, Outcome
+from jaxpo.study.trainee import Trainee
+from jaxpo.study.workshop import Shop, Workshop
+from jaxpo.types import Batch
+
+
+def run_bundle(workshop: Workshop, bundle: Bundle, show: Callable[[int, int], None]) -> Iterator[tuple[Cell, Outcome]]:
+    """Trains the cells of a bundle, and says of each what came of it.
+
+    Args:
+      show: is told the step and the number of steps.
+    """
+    started = time.monotonic()
+    shop = workshop.shop(bundle)
+    trainees = [Trainee(workshop, shop, bundle, cell) for cell in bundle.cells]
+    # A program has room for `at_once` cells: the last one fills what is left over.
+    filled = [trainees[min(place, len(trainees) - 1)] for place in range(bundle.at_once)]
+    state = _start(shop, filled) if bundle.at_once > 1 else _start_one(shop, trainees[0])
+    steps, settings = trainees[0].schedule.steps, shop.run.config.train
+    judge = weighing.make_judge(trainees[0].run, shop.pairs.validation) if bundle.at_once == 1 else None
+    _evaluate(shop, filled, state, 0, steps)
+    pending = None
+    for number in range(steps):
+        batch = _batch(shop, [trainee.schedule.pairs_of(number) for trainee in filled])
+        before = judge.accuracy(state, number) if judge else None
+        given = _stacked([trainee.settings(number) for trainee in filled])
+        state, metrics = shop.programs.train(state, batch, given if bundle.at_once > 1 else _first(given))
+        state = judge.credit(state, number, before) if judge else state
+        _read(trainees, pending, settings.log_every)
+        pending = (number + 1, metrics)
+        due = settings.evaluate_every and (number + 1) % settings.evaluate_every == 0
+        if due or number + 1 == steps:
+            _read(trainees, pending, settings.log_every)
+            pending = None
+            _evaluate(shop, filled, state, number + 1, steps)
+        show(number + 1, steps)
+    seconds = (time.monotonic() - started) / len(trainees)
+    devices = jax.device_count() if bundle.at_once > 1 else shop.run.mesh.size
+    for trainee in trainees:
+        compute = Compute(seconds, steps, trainee.tokens, devices, len(trainees))
+        yield trainee.cell, trainee.outcome(compute)
+
+
+def _batch(shop: Shop, indices: Sequence[np.ndarray]) -> Batch:
+    """The pairs of a step of each cell as one batch on the devices. Cells of one seed read the same pairs."""
+    filled: dict[bytes, Batch] = {}
+    for chosen in indices:
+        if chosen.tobytes() not in filled:
+            pairs = [shop.pairs.train[place] for place in chosen]
+            batch = rows.fill_rows(pairs, shop.run.config.rows, row_multiple=shop.run.row_multiple)
+            filled[chosen.tobytes()] = batch if shop.shape is None else heldout.padded(batch, shop.shape)
+    return shop.programs.place(_stacked([filled[chosen.tobytes()] for chosen in indices]))
+
+
+def _read(trainees: Sequence[Trainee], pending, log_every: int) -> None:
+    if pending is None:
+        return
+    number, metrics = pending
+    metrics = jax.device_get(metrics)
+    for place, trainee in enumerate(trainees):
+        own = {name: float(values[place]) for name, values in metrics.items()}
+        trainee.read(number, own, number % log_every == 0)
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _start_one(shop: Shop, trainee: Trainee) -> TrainState:
+    start = loading.load_start(trainee.run, policy=shop.weights)
+    start = start.replace(opt_state=shop.programs.start_optimizer(start.trained))
+    return weighing.weigh(trainee.run, start, shop.pairs.validation)
+
+
+def _start(shop: Shop, trainees: Sequence[Trainee]) -> TrainState:
+    """States of all cells before their first step, on a leading axis, but for what they share."""
+    first = jax.device_get(loading.load_start(trainees[0].run, policy=shop.weights))
+    own = first.replace(**{name: {} for name in programs.SHARED})
+    state = shop.programs.place(_stacked([own.replace(**_own_start(trainee)) for trainee in trainees]))
+    shared = {name: shop.programs.place_shared(getattr(first, name)) for name in programs.SHARED}
+    return state.replace(opt_state=shop.programs.start_optimizer(state.trained), **shared)
+
+
+def _own_start(trainee: Trainee) -> dict[str, Any]:
+    """What of a state at step 0 depends on the cell: its adapter, and parts of its methods."""
+    run = trainee.run
+    whole_state, whole_params = loading.init_method(run)
+    own_state, own_params = loading.init_method(dataclasses.replace(run, objective=trainee.objective))
+    method = {'method_state': whole_state | own_state, 'method_params': whole_params | own_params}
+    adapter = {'params': loading.fresh_adapter(run)} if run.lora else {}
+    return jax.device_get(method | adapter)
+
+
+def _evaluate(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: int, steps: int) -> None:
+    """Evaluation lines of every cell after `number` steps, and at the end its numbers by pair."""
+    settings = _stacked([trainee.settings(min(number, steps - 1)) for trainee in trainees])
+    settings = settings if len(trainees) > 1 else _first(settings)
+
+    def numbers_of(batch):
+        return jax.device_get(shop.programs.measure(state, shop.programs.place_shared(batch), settings))
+
+    cells = list({id(trainee): trainee for trainee in trainees}.values())
+    for split in shop.held.pairs:
+        if not shop.held.pairs[split]:
+            continue
+        starts = [trainee.starts[split] for trainee in trainees] if number else []
+        for trainee, numbers in zip(cells, heldout.measure(shop.held, split, numbers_of, starts)):
+            if not number:
+                trainee.starts[split] = numbers
+            if number == steps:
+                trainee.numbers[split] = numbers
+            trainee.evaluated(number, split, metrics_of(numbers))
+    if shop.evaluator is not None:
+        _sample(shop, cells, state, number, many=len(trainees) > 1)
+
+
+def _sample(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: int, *, many: bool) -> None:
+    """Reward, KL and length of samples, by split of their prompts."""
+    for place, trainee in enumerate(trainees):
+        if trainee.error:
+            continue
+        own = _unstacked(shop.run, state, place) if many else state
+        evaluator = dataclasses.replace(shop.evaluator, run=trainee.run)
+        samples = evaluate.draw_samples(evaluator, own.replace(opt_state=()))
+        groups = collections.defaultdict(list)
+        for index, sample in enumerate(samples):
+            prompt = evaluator.prompts[index // evaluate.COMPLETIONS]
+            groups[heldout.split_of(prompt.ids, shop.held.selection_share)].append(sample)
+        for split, members in sorted(groups.items()):
+            trainee.evaluated(number, split, evaluate.summarised(members, shop.run.objective.references))
+
+
+def _unstacked(run: Run, state: TrainState, place: int) -> TrainState:
+    """One cell's state, on the run's device."""
+    shared = {name: getattr(state, name) for name in programs.SHARED}
+    own = state.replace(opt_state=(), **{name: {} for name in programs.SHARED})
+    one = jax.tree.map(functools.partial(_of_place, place), own).replace(**shared)
+    return jax.device_put(one, sharding.replicated(run.mesh))
+
+
+def _of_place(place: int, leaf: jax.Array) -> jax.Array:
+    return leaf[place]

@@ -1,0 +1,67 @@
+"""A cell of a language model in training: what is its own, and what was found of it so far."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxpo import objective as objectives
+from jaxpo.data.rows import lengths_of, row_tokens
+from jaxpo.experiment import Experiment
+from jaxpo.objective import Objective
+from jaxpo.run import Schedule
+from jaxpo.state import learning_rates
+from jaxpo.study import union
+from jaxpo.study.bundles import Bundle
+from jaxpo.study.design import Cell
+from jaxpo.study.measures import PairNumbers
+from jaxpo.study.records import DIVERGED, FINISHED, Compute, Line, Outcome
+from jaxpo.study.workshop import Shop, Workshop
+
+
+class Trainee:
+    """A cell in training: what is its own, and what was found of it so far."""
+
+    """One cell, from its first step to its outcome."""
+
+    def __init__(self, workshop: Workshop, shop: Shop, bundle: Bundle, cell: Cell):
+        self.cell = cell
+        self.objective: Objective = objectives.make(cell.config.objective, tuple(cell.config.references))
+        experiment = Experiment(workshop.path, cell.config, workshop.reward)
+        # Where others' losses stand beside its own, numbers say which are in use.
+        alone = self.objective == bundle.whole
+        numbers = self.objective.hyperparameters if alone else union.traced(bundle.whole, self.objective)
+        whole = dataclasses.replace(shop.run.objective, hyperparameters=numbers)
+        self.run = dataclasses.replace(shop.run, experiment=experiment, objective=whole)
+        self.schedule = Schedule(cell.config.train, len(shop.pairs.train))
+        self._rates = learning_rates(cell.config.optimizer, self.schedule.steps)
+        self._row_tokens = row_tokens(lengths_of(shop.pairs.train), cell.config.rows.layout)
+        self.lines: list[Line] = []
+        self.numbers: dict[str, PairNumbers] = {}
+        self.starts: dict[str, PairNumbers] = {}
+        self.tokens, self.error = 0, ''
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """What is traced of step `number`, from 0."""
+        return self.run.traced | self._rates(number)
+
+    def read(self, number: int, metrics: dict[str, float], log: bool) -> None:
+        """Takes in the metrics of step `number`, from 1. After a step that is not finite a cell takes in no more."""
+        if self.error:
+            return
+        self.tokens += int(self._row_tokens[self.schedule.pairs_of(number - 1)].sum())
+        if not metrics.pop('finite'):
+            what = ', '.join(name for name in ('loss', 'grad_norm') if not np.isfinite(metrics[name]))
+            self.error = f'step {number}: {what or "its running state"} is not finite'
+        own = {f'loss/{term.loss.name}' for term in self.objective.terms} if len(self.objective.terms) > 1 else {}
+        kept = {name: value for name, value in metrics.items() if not name.startswith('loss/') or name in own}
+        if log or self.error:
+            self.lines.append({'step': number, **kept, 'num_tokens': self.tokens})
+
+    def evaluated(self, number: int, split: str, metrics: dict[str, float]) -> None:
+        if not self.error:
+            self.lines.append({'step': number, 'split': split, **metrics})
+
+    def outcome(self, compute: Compute) -> Outcome:
+        state = DIVERGED if self.error else FINISHED
+        return Outcome(state, self.lines, {} if self.error else self.numbers, compute, self.error)
