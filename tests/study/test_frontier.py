@@ -8,9 +8,9 @@ import pytest
 from jaxpo.errors import InputError
 from jaxpo.study.frontier import area_under_frontier, at_matched_kl, pareto_front
 
-# Rises to 4 at KL 3, is over-optimised beyond, and has two worse points below; in no order.
-KL = np.array([5.0, 0.0, 3.0, 1.0, 2.0, 1.0, 3.0])
-REWARD = np.array([1.0, 0.0, 4.0, 2.0, 1.5, -1.0, 3.0])
+# Rises to 4 at KL 3, is no better beyond, and has worse points below; in no order.
+KL = np.array([5.0, 0.0, 3.0, 1.0, 2.0, 1.0, 3.0, 4.5])
+REWARD = np.array([1.0, 0.0, 4.0, 2.0, 1.5, -1.0, 3.0, 4.0])
 
 
 def test_the_front_holds_the_points_that_no_other_beats_at_less_kl():

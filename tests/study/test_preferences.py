@@ -11,12 +11,12 @@ from jaxpo.study.preferences import expected_calibration_error, length_controlle
 
 
 def test_calibration_by_hand():
-    """Five bins: .5 (a tie) in the first; .8, .8 and .2 folded to .8 in the fourth; 1 and 0 folded to 1 in the last."""
-    found = expected_calibration_error([0.5, 0.8, 0.2, 0.8, 1.0, 0.0], bins=5)
-    np.testing.assert_array_equal(found.count, [1, 0, 0, 3, 2])
-    np.testing.assert_allclose(found.confidence, [0.5, math.nan, math.nan, 0.8, 1.0])
-    np.testing.assert_allclose(found.correct, [0.5, math.nan, math.nan, 2 / 3, 0.5])
-    assert found.error == pytest.approx(3 / 6 * (0.8 - 2 / 3) + 2 / 6 * 0.5)
+    """Five bins: .5 (a tie) and .58 in the first; .8, .8 and .2 folded to .8 in the fourth; 1 and 0 in the last."""
+    found = expected_calibration_error([0.5, 0.8, 0.2, 0.58, 0.8, 1.0, 0.0], bins=5)
+    np.testing.assert_array_equal(found.count, [2, 0, 0, 3, 2])
+    np.testing.assert_allclose(found.confidence, [0.54, math.nan, math.nan, 0.8, 1.0])
+    np.testing.assert_allclose(found.correct, [0.75, math.nan, math.nan, 2 / 3, 0.5])
+    assert found.error == pytest.approx((2 * (0.75 - 0.54) + 3 * (0.8 - 2 / 3) + 2 * 0.5) / 7)
 
 
 def test_a_calibrated_model_has_little_error_and_an_overconfident_one_what_it_overstates():
