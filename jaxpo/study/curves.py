@@ -181,3 +181,27 @@ def _names(shown: Sequence[Series], others: int, box: Box, styles: Mapping[str, 
 def _end(one: Series, box: Box) -> tuple[float, float] | None:
     there = [place for place in (box.at(*point) for point in one.line or one.points) if place]
     return max(there) if there else None
+
+
+SMALL = (176, 96)
+
+
+def small(line: Sequence[Point], *, name: str, title: str, label: str) -> str:
+    """One line without ticks, its ends written instead: for many side by side, each on a scale of its own."""
+    width, height = SMALL
+    there = [(x, y) for x, y in line if svg.finite(x) and svg.finite(y)]
+    if not there:
+        return svg.nothing(f'{title}: no {label}.')
+    x_axis, y_axis = (svg.axis_of(Scale(''), [point[side] for point in there]) for side in (0, 1))
+    box = Box(x_axis, y_axis, 2, width - 4, 24, height - 22)
+    path = marks.path([box.at(*point) for point in line], Style('c0'))
+    first, last = there[0][1], there[-1][1]
+    parts = [
+        svg.text(0, 12, svg.shortened(title, width), kind='strong'),
+        svg.line(box.left, box.bottom + 3, box.right, box.bottom + 3, 'grid'),
+        svg.element('g', path, marks.marker('circle', *box.at(*there[-1]), 2.5, 'filled'), class_='accent'),
+        svg.text(0, height - 4, svg.number(first), kind='tick'),
+        svg.text(width, height - 4, svg.number(last), anchor='end', kind='tick'),
+    ]
+    description = f'{label} of {title}, from {svg.number(first)} at first to {svg.number(last)} at last.'
+    return svg.document(name, f'{label} of {title}', description, width, height, parts)

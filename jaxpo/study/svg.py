@@ -90,11 +90,16 @@ def number(value: float | None, decimals: int | None = None, *, sign: bool = Fal
         size = abs(value)
         if size and not 1e-3 <= size < 1e6:
             return _scientific(value, sign)
-        decimals = max(0, 2 - math.floor(math.log10(size))) if size else 0
+        decimals = max(0, 2 - magnitude(size)) if size else 0
     written = f'{value:,.{decimals}f}'
     if float(written.replace(',', '')) == 0:
         return written.removeprefix('-')
     return (('+' if sign and value > 0 else '') + written).replace('-', MINUS)
+
+
+def magnitude(size: float) -> int:
+    """The power of ten of a number's first digit, the number being above 0."""
+    return math.floor(math.log10(size))
 
 
 def _scientific(value: float, sign: bool = False) -> str:
@@ -109,7 +114,7 @@ def ticks_between(low: float, high: float, most: int = 6) -> list[float]:
     if low == high:
         reach = abs(low) / 10 or 1.0
         low, high = low - reach, high + reach
-    exponent = math.floor(math.log10((high - low) / most))
+    exponent = magnitude((high - low) / most)
     for mantissa, power in ((1, 0), (2, 0), (5, 0), (1, 1), (2, 1)):
         exponent_here = exponent + power
         step = mantissa * 10.0**exponent_here
