@@ -1,0 +1,109 @@
+"""What can be concluded from a study and what cannot, in sentences made from its numbers."""
+
+from jaxpo.study.evidence import Evidence, there
+from jaxpo.study.findings import AgainstItself, Conclusions, Leaderboard, LeaderboardRow, Progress, Provenance
+from jaxpo.study.statistics import BETTER, NO_CLAIM
+from jaxpo.study.wording import counted, figure, share, signed
+
+BY_OWN_REWARD = ('rewards/', 'loss')  # metrics that a method's own implicit reward or loss decides
+ENOUGH_SEEDS = 5
+
+
+def conclusions(
+    evidence: Evidence,
+    progress: Progress,
+    leaderboard: Leaderboard,
+    again: AgainstItself,
+    provenance: Provenance,
+) -> Conclusions:
+    """Sentences of both kinds; there is always something that cannot be concluded."""
+    return Conclusions(
+        tuple(_can(evidence, leaderboard, again)),
+        (*_of_design(evidence), *_of_state(evidence, progress, again, provenance)),
+    )
+
+
+def _can(evidence: Evidence, leaderboard: Leaderboard, again: AgainstItself) -> list[str]:
+    design, said = evidence.design, []
+    for row in leaderboard.rows:
+        if row.against_baseline is not None and row.against_baseline.verdict != NO_CLAIM:
+            said.append(_claim(evidence, row))
+    smallest = there(row.against_baseline.detectable for row in leaderboard.rows if row.against_baseline is not None)
+    if smallest:
+        said.append(
+            f'Had a method differed from {design["baseline"]} by {figure(min(smallest))} (where seeds differ least) to '
+            f'{figure(max(smallest))} (where they differ most), its own test, before correction, would have found it '
+            'with probability 0.8. Smaller differences may be there unseen.'
+        )
+    if again.row.against_baseline.p is not None and again.row.against_baseline.verdict == NO_CLAIM:
+        said.append(f'The same procedure finds no difference between {design["baseline"]} and itself.')
+    return said
+
+
+def _claim(evidence: Evidence, row: LeaderboardRow) -> str:
+    design, found = evidence.design, row.against_baseline
+    direction = 'better' if found.verdict == BETTER else 'worse'
+    return (
+        f'{row.method} ({row.setting}) is {direction} than {design["baseline"]} in {design["metric"]} by '
+        f'{signed(found.difference)} [{signed(found.low)}, {signed(found.high)}] over {counted(found.n, "seed")}, '
+        f'adjusted p {figure(found.adjusted_p, 2)}: for this model, these data, this budget and these grids.'
+    )
+
+
+def _of_design(evidence: Evidence) -> list[str]:
+    """What no study of this design says, however it ends."""
+    design = evidence.design
+    said = [
+        'A method for which no claim is made is not shown to equal the baseline.',
+        'Seeds vary what each run draws, not the model, the prompts held out or where the pairs come from: what is '
+        'found may not carry over to others.',
+        f'Each method was tuned over {counted(len(evidence.baseline.trials), "setting")}; another grid may rank '
+        'methods otherwise.',
+    ]
+    if design['metric'].startswith(BY_OWN_REWARD):
+        said.append(
+            f"{design['metric']} is measured by each method's own implicit reward or loss: it compares how well "
+            'methods order pairs that are given, not how good the texts are that they write.'
+        )
+    if len(design['seeds']) < ENOUGH_SEEDS:
+        said.append(f'{counted(len(design["seeds"]), "seed")} make wide intervals: all but large effects stay unseen.')
+    return said
+
+
+def _of_state(evidence: Evidence, progress: Progress, again: AgainstItself, provenance: Provenance) -> list[str]:
+    """What this study does not say as it stands."""
+    said = []
+    numbers = next((cell.pairs for cell in evidence.baseline.cells if cell.pairs is not None), None)
+    if numbers is not None:
+        said.append(
+            f'The report rests on {counted(len(numbers.pair), "held-out pair")} of '
+            f'{counted(len({*numbers.prompt.tolist()}), "prompt")}, the same for all seeds: intervals over seeds say '
+            'nothing of other prompts; those by seeds and prompts do.'
+        )
+    if not progress.complete:
+        said.append(
+            f'{counted(progress.all.missing, "cell")} of {progress.all.planned:,} have not ended: choices and verdicts '
+            'may change, and to stop where they please would void them.'
+        )
+    failed = progress.all.diverged + progress.all.error
+    if failed:
+        said.append(
+            f'{counted(failed, "cell")} failed ({share(failed / progress.all.planned)} of those planned): where seeds '
+            'of a chosen setting are among them, its row speaks of the others alone.'
+        )
+    if again.row.against_baseline.verdict != NO_CLAIM:
+        said.append(
+            f'{evidence.design["baseline"]} differs from itself under the same procedure: claims about as large as '
+            f'{figure(abs(again.row.against_baseline.difference))} may be chance.'
+        )
+    if evidence.extensions:
+        before = max(extension['cells_done_before'] for extension in evidence.extensions)
+        said.append(
+            f'The design was added to {counted(len(evidence.extensions), "time")}, the last time after '
+            f'{counted(before, "cell")} had ended: what was added was chosen by people who could have seen results.'
+        )
+    if provenance.mixed:
+        said.append(
+            f'Cells were not all made alike ({", ".join(provenance.mixed)} differ): part of a difference may be that.'
+        )
+    return said
