@@ -63,7 +63,7 @@ def _rules(evidence: Evidence) -> tuple[tuple[str, str], ...]:
         (
             'splits',
             f'Settings are chosen on the split `selection` and reported on the split `report`: '
-            f'{share(held["selection_share"])} of held-out prompts and the others, unless the experiment makes its own.',
+            f'{share(held["selection_share"])} of held-out prompts and the others, where the experiment has no other.',
         ),
         ('selection', RULE),
         (

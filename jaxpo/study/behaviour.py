@@ -219,15 +219,16 @@ def _curve(by_step: Mapping[float, Sequence[float]]) -> tuple[CurvePoint, ...]:
 
 def _learning_caption(evidence: Evidence, curves: Sequence[Curve]) -> str:
     sign, metric = evidence.sign, evidence.design['metric']
-    past = [
-        curve.method
-        for curve in curves
-        if len(curve.metric) > 2 and max(curve.metric, key=lambda point: sign * point.mean) not in curve.metric[-2:]
-    ]
+    past = [curve.method for curve in curves if _fell(curve, sign)]
     text = (
         f'{metric} on the report split by step at the chosen setting: mean over seeds, band from the lowest to the '
         'highest seed. Training losses of different methods are not on one scale.'
     )
     if past:
-        text += f' Best well before the last step, a sign of over-optimisation: {listed(past)}.'
+        text += f' Better at an earlier step than at the last two, as over-optimisation has it: {listed(past)}.'
     return text
+
+
+def _fell(curve: Curve, sign: int) -> bool:
+    means = [sign * point.mean for point in curve.metric]
+    return len(means) > 2 and max(means[:-2]) > max(means[-2:])

@@ -129,12 +129,12 @@ def claimed(rows: Sequence[LeaderboardRow], verdict: str) -> list[LeaderboardRow
 def _headline(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
     design = evidence.design
     unfinished = sum(cell.record is None for cell in evidence.cells)
-    start = f'Unfinished, {counted(unfinished, "cell")} of {len(evidence.cells):,} to come: ' if unfinished else ''
+    start = f'Unfinished, {counted(unfinished, "cell")} of {len(evidence.cells):,} to come. ' if unfinished else ''
     others = [row for row in rows if not row.is_baseline]
     if not others:
         return f'{start}{design["baseline"]} alone was studied: there is nothing to compare it with.'
     if not any(row.against_baseline.p is not None for row in others):
-        return f'{start}no method can be compared with {design["baseline"]} yet: that takes two seeds of both.'
+        return f'{start}No method can be compared with {design["baseline"]} yet: that takes two seeds of both.'
     said = []
     for verdict in (BETTER, WORSE):
         found = claimed(rows, verdict)
@@ -143,7 +143,7 @@ def _headline(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
         said.append(f'{len(found)} {verb} {verdict}' + (f': {named}' if found else ''))
     without = len(claimed(rows, NO_CLAIM))
     return (
-        f'{start}of {counted(len(others), "method")} against {design["baseline"]} by {design["metric"]}, '
+        f'{start}Of {counted(len(others), "method")} against {design["baseline"]} by {design["metric"]}, '
         f'{"; ".join(said)}; of {without} no claim is made.'
     )
 
@@ -181,6 +181,7 @@ def _again_caption(evidence: Evidence, row: LeaderboardRow, tested: int, excludi
                 if claim
                 else 'no claim, as it should be.'
             )
+            + ' Other seeds share no data order, so pairs cancel less here than between methods: the interval is wider.'
         )
     if tested:
         text += (
