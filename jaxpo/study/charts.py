@@ -9,7 +9,7 @@ from jaxpo.study.palette import LEVELS, MUTED, Style
 from jaxpo.study.statistics import BETTER, NO_CLAIM, WORSE
 from jaxpo.study.svg import Scale
 
-WIDTH = 760
+WIDTH = 880
 ROW = 24
 SHAPE_OF = {BETTER: 'triangle', WORSE: 'inverted', NO_CLAIM: 'circle'}
 
@@ -62,7 +62,8 @@ def forest(
     axis = svg.axis_of(Scale(label, include=(0.0,)), _shown(intervals))
     if axis is None:
         return svg.nothing('No differences to show: no method has a finished pair with the baseline.')
-    left, right, top = _name_width(one.name for one in intervals), WIDTH - 236, 34
+    decimals = svg.decimals_for((number for one in intervals for number in (one.value, one.low, one.high)), digits=2)
+    left, right, top = _name_width(one.name for one in intervals), WIDTH - 250, 34
     bottom = top + ROW * len(intervals)
     zero = svg.place(axis, 0.0, left, right)
     sides = ('← worse', 'better →') if higher_is_better else ('← better', 'worse →')
@@ -73,7 +74,8 @@ def forest(
         svg.text(zero + 8, top - 12, sides[1], kind='note'),
     ]
     for place, one in enumerate(intervals):
-        parts.append(_interval(one, axis, left, right, top + ROW * (place + 0.5), styles.get(one.name, MUTED)))
+        y, style = top + ROW * (place + 0.5), styles.get(one.name, MUTED)
+        parts.append(_interval(one, axis, left, right, y, style, decimals))
     said = ', '.join(
         f'{sum(one.verdict == verdict for one in intervals)} {verdict}' for verdict in (BETTER, WORSE, NO_CLAIM)
     )
@@ -91,21 +93,21 @@ def _shown(intervals: Sequence[Interval]) -> list[float]:
     return values + [max(-reach, min(reach, end)) for end in ends]
 
 
-def _interval(one: Interval, axis: svg.Axis, left: float, right: float, y: float, style: Style) -> str:
+def _interval(one: Interval, axis: svg.Axis, left: float, right: float, y: float, style: Style, decimals: int) -> str:
     parts = [svg.text(left - 14, y + 4, svg.shortened(one.name, left - 20), anchor='end')]
     if svg.finite(one.low) and svg.finite(one.high):
         ends = [
             svg.place(axis, min(max(end, axis.ticks[0]), axis.ticks[-1]), left, right) for end in (one.low, one.high)
         ]
-        parts.append(svg.line(ends[0], y, ends[1], y, 'range'))
+        parts.append(svg.line(ends[0], y, ends[1], y, 'extent'))
         cut = (one.low < axis.ticks[0], one.high > axis.ticks[-1])
         for end, is_cut, outwards in zip(ends, cut, (-1, 1)):
-            parts.append(_arrow(end, y, outwards) if is_cut else svg.line(end, y - 4, end, y + 4, 'range'))
+            parts.append(_arrow(end, y, outwards) if is_cut else svg.line(end, y - 4, end, y + 4, 'extent'))
     x = svg.place(axis, one.value, left, right)
     if x is not None:
         shape = SHAPE_OF[one.verdict]
         parts.append(marks.marker(shape, x, y, 5, 'hollow' if one.verdict == NO_CLAIM else 'filled'))
-    low, value, high = (svg.number(number, _decimals(axis), sign=True) for number in (one.low, one.value, one.high))
+    low, value, high = (svg.number(number, decimals, sign=True) for number in (one.low, one.value, one.high))
     parts.append(svg.text(right + 66, y + 4, value, anchor='end', kind='strong'))
     parts.append(svg.text(right + 74, y + 4, f'[{low}, {high}]' if svg.finite(one.low) else '', kind='note'))
     parts.append(
@@ -120,13 +122,6 @@ def _arrow(x: float, y: float, outwards: int) -> str:
     tip, back = svg.coordinate(x), svg.coordinate(x - outwards * 6)
     corners = f'{tip},{svg.coordinate(y)} {back},{svg.coordinate(y - 4)} {back},{svg.coordinate(y + 4)}'
     return svg.element('polygon', points=corners, class_='filled')
-
-
-def _decimals(axis: svg.Axis) -> int | None:
-    """One more than the axis' labels have; those of each number where they are scientific."""
-    if any('e' in label for label in axis.labels):
-        return None
-    return len(axis.labels[0].partition('.')[2]) + 1
 
 
 def _name_width(names) -> float:
@@ -177,7 +172,7 @@ def _change(row: Change, axis: svg.Axis, left: float, right: float, y: float, st
     there = [x for x in places if x is not None]
     parts = [svg.text(left - 14, y + 4, svg.shortened(row.name, left - 20), anchor='end')]
     if len(there) > 1:
-        parts.append(svg.line(min(there), y, max(there), y, 'range'))
+        parts.append(svg.line(min(there), y, max(there), y, 'extent'))
     for x, (shape, kind) in zip(places, END_MARKS):
         if x is not None:
             parts.append(marks.marker(shape, x, y, 4.5, kind))

@@ -8,7 +8,7 @@ from jaxpo.study import marks, svg
 from jaxpo.study.palette import MUTED, Style
 from jaxpo.study.svg import Axis, Scale
 
-WIDTH, HEIGHT = 760, 420
+WIDTH, HEIGHT = 880, 440
 LEFT, TOP, BELOW = 62, 36, 52
 LABELS = 150  # most width of names beside the plot
 GAP = 17  # between names

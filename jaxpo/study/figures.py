@@ -94,7 +94,7 @@ def _frontier(findings: Findings, style: Mapping[str, Style]) -> dict[str, str]:
         x=Scale('KL(policy || reference), nats of a completion', include=(0.0,)),
         y=Scale('reward of samples'),
         styles=style,
-        guides=[(one.kl, f'KL {svg.number(one.kl)}') for one in findings.frontier.matched],
+        guides=[(one.kl, f'KL {svg.plain(one.kl)}') for one in findings.frontier.matched],
     )
     return {'frontier': drawn}
 
@@ -125,7 +125,7 @@ def _robustness(findings: Findings, style: Mapping[str, Style]) -> dict[str, str
             budgets,
             name='best-of',
             title='Expected best of k settings',
-            x=Scale('settings tried, k'),
+            x=Scale('settings tried, k', whole=True),
             y=Scale(f'expected {metric} of the one chosen'),
             styles=style,
         ),
@@ -237,7 +237,7 @@ def _learning(findings: Findings, style: Mapping[str, Style]) -> dict[str, str]:
         lines,
         name='learning',
         title='Learning curves',
-        x=Scale('step'),
+        x=Scale('step', whole=True),
         y=Scale(f'{findings.design.metric}, report split'),
         styles=style,
     )

@@ -1,20 +1,20 @@
 """A study's report as one HTML file that needs nothing beside it: no script, no font, no picture, no network."""
 
 import functools
-import statistics
 from collections.abc import Iterable
 
 import jinja2
 
 from jaxpo.study import figures, svg
-from jaxpo.study.findings import Findings, Spread
+from jaxpo.study.findings import Comparison, Findings, Spread
 from jaxpo.study.palette import style_sheet
 
 
 def render(findings: Findings) -> str:
     """The whole report: the same bytes for the same findings, on every machine. All text of it is escaped."""
     drawings, styles = figures.figures(findings), figures.styles(findings)
-    metric, difference = _decimals(findings)
+    metric, difference = _decimals_of_metric(findings)
+    reward, reward_difference = _decimals_of_reward(findings)
     return _template().render(
         findings=findings,
         design=findings.design,
@@ -26,6 +26,8 @@ def render(findings: Findings) -> str:
         metric=functools.partial(svg.number, decimals=metric),
         difference=functools.partial(svg.number, decimals=difference, sign=True),
         size=functools.partial(svg.number, decimals=difference),
+        reward=functools.partial(svg.number, decimals=reward),
+        reward_difference=functools.partial(svg.number, decimals=reward_difference, sign=True),
     )
 
 
@@ -41,29 +43,32 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         'number': svg.number,
+        'plain': svg.plain,
         'signed': functools.partial(svg.number, sign=True),
         'percent': percent,
         'p_value': p_value,
-        'spread': spread,
+        'written': written,
         'duration': duration,
         'words': figures.short,
     }
     return environment.get_template('page.html.jinja')
 
 
-def _decimals(findings: Findings) -> tuple[int, int]:
-    """Decimals of the metric and of differences in it: three digits of what is usual in this study."""
+def _decimals_of_metric(findings: Findings) -> tuple[int, int]:
+    """Decimals of the metric and of differences in it: three and two digits of what is usual in this study."""
     rows = findings.leaderboard.rows
-    compared = [row.against_baseline for row in rows if row.against_baseline is not None]
-    means = [row.mean for row in rows]
-    differences = [end for one in compared for end in (one.difference, one.low, one.high)]
-    return decimals_for(means), decimals_for(differences or means)
+    return svg.decimals_for(row.mean for row in rows), _decimals_of_differences(row.against_baseline for row in rows)
 
 
-def decimals_for(numbers: Iterable[float | None]) -> int:
-    """Decimals that show three digits of the middle of these numbers by size: 0 to 6, and 2 where there are none."""
-    sizes = [abs(number) for number in numbers if svg.finite(number) and number]
-    return min(6, max(0, 2 - svg.magnitude(statistics.median(sizes)))) if sizes else 2
+def _decimals_of_reward(findings: Findings) -> tuple[int, int]:
+    """The same of rewards at matched KL."""
+    rows = [row for matched in findings.frontier.matched for row in matched.rows] if findings.frontier else []
+    return svg.decimals_for(row.reward for row in rows), _decimals_of_differences(row.against_baseline for row in rows)
+
+
+def _decimals_of_differences(comparisons: Iterable[Comparison | None]) -> int:
+    compared = [one for one in comparisons if one is not None]
+    return svg.decimals_for((end for one in compared for end in (one.difference, one.low, one.high)), digits=2)
 
 
 def percent(share: float | None) -> str:
@@ -83,14 +88,15 @@ def p_value(p: float | None) -> str:
     return '<0.001' if p < 0.001 else f'{p:.3f}'
 
 
-def spread(numbers: Spread | None, sign: bool = False) -> str:
-    """The mean over seeds, and where there are several, from the lowest to the highest."""
+def written(numbers: Spread | None, sign: bool = False) -> tuple[str, str]:
+    """A mean over seeds, and from the lowest to the highest of them, empty where it says no more than the mean."""
     if numbers is None or not svg.finite(numbers.mean):
-        return '–'
-    mean = svg.number(numbers.mean, sign=sign)
-    if numbers.n < 2 or numbers.lowest == numbers.highest:
-        return mean
-    return f'{mean} ({svg.number(numbers.lowest, sign=sign)} to {svg.number(numbers.highest, sign=sign)})'
+        return '–', ''
+    decimals = svg.decimals_for((numbers.mean, numbers.lowest, numbers.highest))
+    mean, low, high = (
+        svg.number(number, decimals, sign=sign) for number in (numbers.mean, numbers.lowest, numbers.highest)
+    )
+    return mean, '' if numbers.n < 2 or low == high else f'{low} to {high}'
 
 
 def duration(seconds: float) -> str:

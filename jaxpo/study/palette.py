@@ -79,8 +79,8 @@ font-variant-numeric:tabular-nums}
 .chart .diagonal{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3}
 .chart .leader{stroke:var(--rule);stroke-width:1}
 .chart .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}
-.chart .range{stroke:currentColor;stroke-width:2}
-.chart .no-claim .range{stroke-width:1}
+.chart .extent{stroke:currentColor;stroke-width:2}
+.chart .no-claim .extent{stroke-width:1}
 .chart .band{fill:currentColor;fill-opacity:.12}
 .chart .raw{fill:currentColor;fill-opacity:.4}
 .chart .filled{fill:currentColor;stroke:currentColor;stroke-width:1.5}

@@ -7,6 +7,7 @@ import dataclasses
 import html
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 
 NAMESPACE = 'http://www.w3.org/2000/svg'
@@ -23,6 +24,7 @@ class Scale:
     log: bool = False
     bounds: tuple[float, float] | None = None  # where the range is known beforehand, as of shares
     include: tuple[float, ...] = ()  # values that the axis covers beside the data
+    whole: bool = False  # whether values between whole numbers mean nothing, as of counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,18 @@ def number(value: float | None, decimals: int | None = None, *, sign: bool = Fal
     return (('+' if sign and value > 0 else '') + written).replace('-', MINUS)
 
 
+def plain(value: float | None) -> str:
+    """A number alone in a sentence: 3 significant digits at most, and no zeros at its end."""
+    written = number(value)
+    return written.rstrip('0').rstrip('.') if '.' in written and 'e' not in written else written
+
+
+def decimals_for(numbers: Iterable[float | None], digits: int = 3) -> int:
+    """Decimals that show so many digits of the middle of these numbers by size: 0 to 6, and 2 where there are none."""
+    sizes = [abs(number) for number in numbers if finite(number) and number]
+    return min(6, max(0, digits - 1 - magnitude(statistics.median(sizes)))) if sizes else 2
+
+
 def magnitude(size: float) -> int:
     """The power of ten of a number's first digit, the number being above 0."""
     return math.floor(math.log10(size))
@@ -108,13 +122,14 @@ def _scientific(value: float, sign: bool = False) -> str:
     return f'{"+" if sign and value > 0 else ""}{mantissa}e{int(exponent)}'.replace('-', MINUS)
 
 
-def ticks_between(low: float, high: float, most: int = 6) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten, at most about `most`, from at or below `low` to at or above
-    `high`."""
+def ticks_between(low: float, high: float, *, whole: bool = False, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten (`whole`: of 1 at least), at most `most` steps of them, that enclose
+    `low` to `high`."""
     if low == high:
-        reach = abs(low) / 10 or 1.0
+        reach = 1.0 if whole else abs(low) / 10 or 1.0
         low, high = low - reach, high + reach
     exponent = magnitude((high - low) / most)
+    exponent = max(exponent, 0) if whole else exponent
     for mantissa, power in ((1, 0), (2, 0), (5, 0), (1, 1), (2, 1)):
         exponent_here = exponent + power
         step = mantissa * 10.0**exponent_here
@@ -144,8 +159,8 @@ def axis_of(scale: Scale, values: Iterable[float | None]) -> Axis | None:
     if not there:
         return None
     there += scale.bounds or scale.include
-    make = log_ticks_between if scale.log else ticks_between
-    ticks = make(*(scale.bounds or (min(there), max(there))))
+    ends = scale.bounds or (min(there), max(there))
+    ticks = log_ticks_between(*ends) if scale.log else ticks_between(*ends, whole=scale.whole)
     return Axis(scale.label, tuple(ticks), tuple(_tick_labels(ticks, scale.log)), scale.log)
 
 
