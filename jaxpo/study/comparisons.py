@@ -46,5 +46,4 @@ def _comparison(result: statistics.Paired, sign: int, adjusted: float | None, ve
 
 
 def _signed(value: float, sign: int) -> float | None:
-    number = finite(value)
-    return None if number is None else sign * number + 0.0  # no minus zero
+    return finite(sign * value)

@@ -194,7 +194,8 @@ def words_of(setting: dict[str, Any]) -> str:
 
 def finite(value: Any) -> float | None:
     """The number, or None where it is none."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    # Zero is added for minus zero, which would be printed as such.
+    return float(value) + 0.0 if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def there(values: Iterable[float | None]) -> list[float]:

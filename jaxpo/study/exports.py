@@ -55,11 +55,10 @@ def tables(found: Findings) -> dict[str, Table]:
 
 def _sources(found: Findings) -> Iterator[tuple[str, type, Iterable[Keyed]]]:
     """Name, the dataclass of its rows, and they."""
-    board, again = found.leaderboard.rows, found.against_itself
     yield 'methods', findings.MethodDesign, _plain(found.design.methods)
     yield 'progress', findings.Counts, _plain((*found.progress.methods, found.progress.all))
-    yield 'leaderboard', findings.LeaderboardRow, _plain((*board, again.row))
-    yield 'against_itself', findings.AgainstItself, _plain([again])
+    yield 'leaderboard', findings.LeaderboardRow, _plain(found.leaderboard.rows)
+    yield 'against_itself', findings.AgainstItself, _plain([found.against_itself])
     if found.frontier is not None:
         yield from _of_frontier(found.frontier)
     robustness = found.robustness.rows

@@ -29,7 +29,7 @@ def _thresholds(evidence: Evidence) -> np.ndarray:
     values = there(evidence.metric(cell) for arm in evidence.methods for cell in arm.cells)
     if not values:
         return np.array([])
-    room = (max(values) - min(values)) / (THRESHOLDS - 2)
+    room = (max(values) - min(values)) / (2 * THRESHOLDS - 3)  # half a step: the worst run is at no threshold
     ends = (min(values) - room, max(values)) if evidence.sign > 0 else (min(values), max(values) + room)
     return np.unique(np.linspace(*ends, THRESHOLDS))
 
@@ -61,8 +61,7 @@ def _score(value: float | None, sign: int) -> float:
 
 def _number(score: float, sign: int) -> float | None:
     """A score in the metric's own direction; None where failed runs have a say in it."""
-    value = finite(score)
-    return None if value is None else sign * value + 0.0
+    return finite(sign * score)
 
 
 def _above_start(evidence: Evidence, ended: Sequence[Found], scores: np.ndarray) -> float | None:
