@@ -1,6 +1,6 @@
 """Scripts that run a study as an array of jobs on a cluster: n workers that share a directory of a bucket.
 
-Each job runs `jaxpo study EXPERIMENT ... --shard i/n`, i counting from 0. What differs between clusters (machines,
+Each job runs `jaxpo study EXPERIMENT ... --shard i/n`, i counting from 1. What differs between clusters (machines,
 zone, image) is read when a script is run, from the environment or from tpu_setup's settings, and checked there; no
 script holds a secret. The words of the command arrive at the workers as they were.
 """
@@ -44,7 +44,7 @@ resources:
 workdir: .
 
 envs:
-  SHARD: 0/1
+  SHARD: 1/1
 
 # uv is installed without editing any start-up file.
 setup: |
@@ -60,7 +60,7 @@ run: |
   exec {{ command }} --shard "$SHARD"
 YAML
 
-for ((shard = 0; shard < {{ shards }}; shard++)); do
+for ((shard = 1; shard <= {{ shards }}; shard++)); do
   sky jobs launch --name "{{ name }}-$shard" --env "SHARD=$shard/{{ shards }}" \\
     --gpus "$ACCELERATORS" --infra "$INFRA" --detach-run --yes "$@" "$folder/task.yaml"
 done
@@ -82,7 +82,7 @@ workload=tpu_setup/xpk_workload.sh
 
 # shellcheck disable=SC2016  # no word of the command is to be expanded
 command=({{ command }})
-for ((shard = 0; shard < {{ shards }}; shard++)); do
+for ((shard = 1; shard <= {{ shards }}; shard++)); do
   case " $* " in
     *' --delete '*) "$workload" "$@" "{{ name }}-$shard" ;;
     *) "$workload" "$@" "{{ name }}-$shard" -- "${command[@]}" --shard "$shard/{{ shards }}" ;;
