@@ -16,6 +16,7 @@ from jaxpo.errors import InputError
 
 BETTER, WORSE, NO_CLAIM = VERDICTS = ('better', 'worse', 'no claim')
 LOWEST_CONFIDENCE, HIGHEST_CONFIDENCE = 0.5, 0.999  # beyond, the noncentral distribution of few seeds is not computed
+SAME = 1e-4  # of the largest difference: by so little float32 metrics make equal differences look unequal
 NUMBERS_AT_ONCE = 1_000_000  # that a bootstrap holds
 
 
@@ -39,7 +40,7 @@ class Paired:
     is better."""
     minimum_detectable_effect: float
     """The smallest true mean difference that this test finds with probability 0.8, were the true standard deviation
-    the observed one. What is smaller may be there without having been found."""
+    the observed one. What is smaller may be there without having been found. NaN where none was observed."""
 
     @property
     def claim(self) -> str:
@@ -50,8 +51,11 @@ class Paired:
 def paired(differences: np.ndarray, confidence: float = 0.95) -> Paired:
     """The paired t test and interval of differences `[n]` (method minus baseline, one a seed).
 
-    `confidence` is from 0.5 to 0.999. Where all differences are equal, the interval is that point; where all are 0, the
-    p-value is 1. Student 1908; for runs that share seeds, Miller 2024, arXiv:2411.00640, Section 4.
+    `confidence` is from 0.5 to 0.999. Where all differences are equal (to a ten-thousandth), the interval is that point
+    and t says nothing: the p-value is 1 where all are 0, else 2 ** (1 - n), that of the exact test that flips signs.
+    So three seeds that happen to differ by one and the same pair are no claim: with t they would be one in every
+    seventh study of identical methods. Student 1908; for runs that share seeds, Miller 2024, arXiv:2411.00640,
+    Section 4.
 
     Raises:
       InputError: differences that are not finite (a diverged run has no difference; count it), or not one row of them.
@@ -65,9 +69,8 @@ def paired(differences: np.ndarray, confidence: float = 0.95) -> Paired:
         nan = math.nan
         return Paired(float(differences[0]) if n else nan, nan, nan, n, nan, nan, nan, nan)
     mean, error = float(differences.mean()), float(stats.sem(differences))
-    if np.ptp(differences) == 0 or error == 0:  # the mean and the error of equal numbers may be off by rounding
-        point = float(differences[0])
-        return Paired(point, point, point, n, 0.0, float(point == 0), (float(np.sign(point)) + 1) / 2, 0.0)
+    if error == 0 or np.ptp(differences) <= SAME * np.abs(differences).max():
+        return _equal(float(np.median(differences)), n)
     half = t_quantile(confidence, n - 1) * error
     return Paired(
         mean,
@@ -79,6 +82,13 @@ def paired(differences: np.ndarray, confidence: float = 0.95) -> Paired:
         float(stats.t.cdf(mean / error, n - 1)),
         detectable_in_standard_errors(n, confidence) * error,
     )
+
+
+def _equal(point: float, n: int) -> Paired:
+    """What n equal differences say."""
+    of_one_sign = 0.5**n
+    better = 0.5 + np.sign(point) * (0.5 - of_one_sign)
+    return Paired(point, point, point, n, 0.0, 2 * of_one_sign if point else 1.0, float(better), math.nan)
 
 
 def t_quantile(confidence: float, degrees: float) -> float:

@@ -84,15 +84,26 @@ def test_fewer_than_two_pairs_have_no_interval(differences):
     assert found.claim == verdict(found, 0.0) == verdict(found, found.p_value) == 'no claim'
 
 
-@pytest.mark.parametrize(
-    'value, p_value, probability, claim',
-    [(0.1, 0.0, 1.0, 'better'), (-0.1, 0.0, 0.0, 'worse'), (0, 1, 0.5, 'no claim')],
-)
-def test_equal_differences_are_a_point(value, p_value, probability, claim):
-    found = paired([value] * 3)  # the mean of three times 0.1 is not 0.1, nor are its deviations 0
+@pytest.mark.parametrize('n', [2, 3, 8])
+@pytest.mark.parametrize('value, claim', [(0.1, 'better'), (-0.1, 'worse'), (0.0, 'no claim')])
+def test_equal_differences_are_a_point_and_as_likely_as_equal_signs(n, value, claim):
+    differences = [value] * n  # the mean of three times 0.1 is not 0.1, nor are its deviations 0
+    found = paired(differences)
     assert (found.mean, found.low, found.high, found.standard_error) == (value, value, value, 0.0)
-    assert (found.p_value, found.probability_better, found.minimum_detectable_effect) == (p_value, probability, 0.0)
-    assert found.claim == verdict(found, found.p_value) == claim
+    assert found.claim == claim and math.isnan(found.minimum_detectable_effect)
+    oracle = stats.permutation_test((differences,), np.mean, permutation_type='samples', n_resamples=np.inf)
+    assert found.p_value == pytest.approx(oracle.pvalue)
+    assert found.probability_better == pytest.approx(0.5 + np.sign(value) * (0.5 - found.p_value / 2))
+    assert verdict(found, found.p_value) == (claim if n > 5 else 'no claim')
+
+
+def test_differences_that_rounding_makes_unequal_are_equal():
+    right, wrong = np.array([41, 44, 47]) / 64, np.array([40, 43, 46]) / 64
+    thirds = paired(right * (64 / 63) - wrong * (64 / 63))
+    assert thirds.p_value == 0.25 and thirds.standard_error == 0
+    singles = paired((right * (64 / 63)).astype(np.float32).astype(float) - (wrong * (64 / 63)).astype(np.float32))
+    assert singles.p_value == 0.25 and singles.mean == pytest.approx(1 / 63, rel=1e-5)
+    assert paired([0.1, 0.1003, 0.1]).standard_error == pytest.approx(1e-4)
 
 
 def test_zeros_of_both_signs_and_numbers_too_small_to_square_are_no_difference():
