@@ -13,6 +13,8 @@ from jaxpo import catalogue, commands, doctor, failures, mixture_catalogue, proc
 from jaxpo.errors import InputError, Interrupted, TrainingError, unknown
 from jaxpo.experiment import Experiment, load
 from jaxpo.plan import command as plan
+from jaxpo.study import command as study
+from jaxpo.study import reporting
 from jaxpo.train import train
 
 DESCRIPTION = """\
@@ -77,6 +79,10 @@ COMMANDS = {
 }
 
 
+STUDIES = {
+    'study': Tool(study.study, 'EXPERIMENT', 'compare methods: run every cell of a study, or what is left of it'),
+    'report': Tool(reporting.report, 'STUDY', "write a study's report: one page, and its numbers as tables"),
+}
 PLANNERS = {
     'plan': Planner(plan.plan, plan.add_options, 'compile the step for TPUs or GPUs that are not here'),
 }
@@ -90,12 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ('-h', '--help'):
             print(_help())
             return 0
-        if arguments[0] in TOOLS:
-            return TOOLS[arguments[0]].function(arguments[1:])
+        for table in (TOOLS, STUDIES):
+            if arguments[0] in table:
+                return table[arguments[0]].function(arguments[1:])
         if arguments[0] in PLANNERS:
             return _plan(arguments[0], arguments[1:])
         if arguments[0] not in COMMANDS:
-            raise unknown('command', arguments[0], [*COMMANDS, *PLANNERS, *TOOLS])
+            raise unknown('command', arguments[0], [*COMMANDS, *PLANNERS, *STUDIES, *TOOLS])
         return _run(arguments[0], arguments[1:])
     except (InputError, TrainingError) as problem:
         error.print(f'[bold red]jaxpo:[/bold red] {escape(str(problem))}')
@@ -172,9 +179,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _help() -> str:
     commands_ = '\n'.join(f'  {name:10s} {command.summary}' for name, command in (COMMANDS | PLANNERS).items())
-    tools = '\n'.join(f'  {f"{name} {tool.usage}":16s} {tool.summary}' for name, tool in TOOLS.items())
+    studies, tools = (
+        '\n'.join(f'  {f"{name} {tool.usage}":16s} {tool.summary}' for name, tool in table.items())
+        for table in (STUDIES, TOOLS)
+    )
     return (
         f'usage: jaxpo COMMAND EXPERIMENT [--dry-run] [--section.field value ...]\n\n{DESCRIPTION}\n'
-        f'commands:\n{commands_}\n\nwithout an experiment:\n{tools}\n\n'
+        f'commands:\n{commands_}\n\nof studies:\n{studies}\n\nwithout an experiment:\n{tools}\n\n'
         f'`jaxpo COMMAND EXPERIMENT --help` lists every field.\n\n{EXIT_CODES}'
     )

@@ -24,11 +24,11 @@ from jaxpo.study.workshop import Shop, Workshop
 from jaxpo.types import Batch
 
 
-def run_bundle(workshop: Workshop, bundle: Bundle, show: Callable[[int, int], None]) -> Iterator[tuple[Cell, Outcome]]:
+def run_bundle(workshop: Workshop, bundle: Bundle, show: Callable[[int], None]) -> Iterator[tuple[Cell, Outcome]]:
     """Trains the cells of a bundle, and says of each what came of it.
 
     Args:
-      show: is told the step and the number of steps.
+      show: is told how many steps are done.
     """
     started = time.monotonic()
     shop = workshop.shop(bundle)
@@ -53,7 +53,7 @@ def run_bundle(workshop: Workshop, bundle: Bundle, show: Callable[[int, int], No
             _read(trainees, pending, settings.log_every)
             pending = None
             _evaluate(shop, filled, state, number + 1, steps)
-        show(number + 1, steps)
+        show(number + 1)
     seconds = (time.monotonic() - started) / len(trainees)
     devices = jax.device_count() if bundle.at_once > 1 else shop.run.mesh.size
     for trainee in trainees:

@@ -97,22 +97,17 @@ def design_of(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
     return json.loads(json.dumps({**plain, 'base': base, 'methods': methods, 'cells': listed}))
 
 
-def claim(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
-    """Writes the design into a new directory, or finds the same there, or one that this one only adds cells to.
+def check(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
+    """InputError where the directory holds something else, or a study that this one does more than add cells to.
 
-    InputError where cells are missing from the new design or its rules are others: a design is not changed once cells
-    have run. What was added, and after how many cells had ended, stands in study.json for the report to say.
+    A design is not changed once cells have run: its cells stay, and so do its rules.
     """
-    file, new = root / 'study.json', design_of(study, cells)
-    if not file.exists():
+    old = _held(root)
+    if old is None:
         if root.exists() and any(root.iterdir()):
             raise InputError(f'output: {root} is not empty and holds no study. Name a new directory.')
-        storage.write_text(file, _pretty({'design': new, 'extensions': []}))
         return
-    held = json.loads(file.read_text(encoding='utf-8'))
-    old = held['design']
-    if old == new:
-        return
+    old, new = old['design'], design_of(study, cells)
     lost = {cell['id'] for cell in old['cells']} - {cell['id'] for cell in new['cells']}
     rules = ('baseline', 'metric', 'higher_is_better', 'selection_share', 'confidence')
     changed = [name for name in rules if old[name] != new[name]]
@@ -123,10 +118,28 @@ def claim(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
             f'output: {root} holds a study of another design: {"; ".join(what)}. A design may be added to, not '
             'changed: name a new directory.'
         )
-    before = {cell['id'] for cell in old['cells']}
-    added = [cell['id'] for cell in new['cells'] if cell['id'] not in before]
-    extension = {'cells_added': added, 'cells_done_before': len(states(root))}
-    storage.write_text(file, _pretty({'design': new, 'extensions': [*held['extensions'], extension]}))
+
+
+def claim(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
+    """Writes the design into a new directory, or what is added to the one that stands there. InputError as `check`.
+
+    What was added, and after how many cells had ended, stands in study.json for the report to say.
+    """
+    check(root, study, cells)
+    held, new = _held(root), design_of(study, cells)
+    if held is None:
+        storage.write_text(root / 'study.json', _pretty({'design': new, 'extensions': []}))
+    elif held['design'] != new:
+        before = {cell['id'] for cell in held['design']['cells']}
+        added = [cell['id'] for cell in new['cells'] if cell['id'] not in before]
+        extension = {'cells_added': added, 'cells_done_before': len(states(root))}
+        extensions = [*held['extensions'], extension] if added else held['extensions']
+        storage.write_text(root / 'study.json', _pretty({'design': new, 'extensions': extensions}))
+
+
+def _held(root: storage.Path) -> dict[str, Any] | None:
+    file = root / 'study.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
 
 
 def states(root: storage.Path) -> dict[str, str]:
@@ -157,6 +170,8 @@ def write(root: storage.Path, cell: Cell, outcome: Outcome, versions: Mapping[st
     storage.write_text(directory / 'metrics.jsonl', _jsonl(outcome.lines))
     storage.write_text(directory / 'pairs.jsonl', _jsonl(_pair_lines(outcome.pairs)))
     _write_tensorboard(directory / 'tensorboard', cell, outcome)
+    for state in STATES:
+        (root / 'done' / f'{cell.id}.{state}').unlink(missing_ok=True)
     storage.write_text(root / 'done' / f'{cell.id}.{outcome.state}', '')
 
 
@@ -181,10 +196,9 @@ def _write_tensorboard(directory: storage.Path, cell: Cell, outcome: Outcome) ->
 
 def read_design(root: storage.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A study's design and its extensions. InputError where the directory holds none."""
-    file = root / 'study.json'
-    if not file.exists():
+    held = _held(root)
+    if held is None:
         raise InputError(f'{root} holds no study: there is no study.json. `jaxpo study EXPERIMENT` makes one.')
-    held = json.loads(file.read_text(encoding='utf-8'))
     return held['design'], held['extensions']
 
 

@@ -11,7 +11,7 @@ from jaxpo import evaluate, loading, tabulate
 from jaxpo import objective as objectives
 from jaxpo.config import Config
 from jaxpo.data import rows
-from jaxpo.data.rows import Shape, lengths_of
+from jaxpo.data.rows import Shape, lengths_of, row_tokens
 from jaxpo.evaluate import Evaluator
 from jaxpo.experiment import Experiment, Reward
 from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs, wanted_of
@@ -43,13 +43,26 @@ class Workshop:
     path: pathlib.Path  # of the experiment
     reward: Reward | None
     told: Callable[[Sequence[tabulate.Filled]], None]  # what was done to tables of references
+    _runs: dict[tuple[str, bool], Run] = dataclasses.field(default_factory=dict)
     _shops: dict[str, Shop] = dataclasses.field(default_factory=dict)
     _pairs: dict[str, Pairs] = dataclasses.field(default_factory=dict)
     _weights: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def check(self, bundle: Bundle) -> None:
-        """InputError for what cannot be trained, before anything is."""
-        self._pairs_of(self._prepared(bundle))
+    def check(self, bundle: Bundle) -> Run:
+        """The run of a bundle's kind. InputError for what cannot be trained, before anything is."""
+        run = self._prepared(bundle)
+        heldout.hold_out(run.config.rows, self._read(run).evaluation, [], self.study.selection_share)
+        return run
+
+    def schedule(self, bundle: Bundle, cell: Cell) -> Schedule:
+        """Which pairs each step of a cell takes."""
+        return Schedule(cell.config.train, len(self._read(self._prepared(bundle)).train))
+
+    def tokens(self, bundle: Bundle, cell: Cell) -> int:
+        """Tokens of all rows that a cell trains on, padding left out."""
+        schedule = self.schedule(bundle, cell)
+        by_pair = row_tokens(lengths_of(self._read(self._prepared(bundle)).train), cell.config.rows.layout)
+        return int(sum(by_pair[schedule.pairs_of(step)].sum() for step in range(schedule.steps)))
 
     def shop(self, bundle: Bundle) -> Shop:
         """What the bundle's kind shares. Reference tables are filled here."""
@@ -58,6 +71,12 @@ class Workshop:
         return self._shops[bundle.kind]
 
     def _prepared(self, bundle: Bundle, devices: Sequence[jax.Device] | None = None) -> Run:
+        key = (bundle.kind, devices is None)
+        if key not in self._runs:
+            self._runs[key] = self._made(bundle, devices)
+        return self._runs[key]
+
+    def _made(self, bundle: Bundle, devices: Sequence[jax.Device] | None) -> Run:
         config, whole = bundle.cells[0].config, bundle.whole
         # Losses that read no reference leave the tables of a study unread.
         references = {n: one for n, one in config.references.items() if whole.runs_references or not one.table}
@@ -78,16 +97,19 @@ class Workshop:
         shape = _largest_shape(run.config, bundle.peers, pairs) if many else None
         return Shop(run, pairs, held, made, evaluator, shape, self._weights_of(run))
 
-    def _pairs_of(self, run: Run) -> Pairs:
-        """The pairs with what the objective reads of them, tokenised once for all kinds that read the same."""
-        tables = {name: tabulate.statistics_of(run, name) for name in run.held('table')}
+    def _read(self, run: Run) -> Pairs:
+        """The pairs as they are read and tokenised, once for all kinds that read the same of them."""
         held = run.config
-        key = repr((held.model, held.references, held.data, held.rows, held.evaluate, wanted_of(run.objective), tables))
+        key = repr((held.model, held.references, held.data, held.rows, held.evaluate, wanted_of(run.objective)))
         if key not in self._pairs:
-            pairs, filled = tabulate.attach(run, read_pairs(run))
-            self.told(filled)
-            self._pairs[key] = pairs
+            self._pairs[key] = read_pairs(run)
         return self._pairs[key]
+
+    def _pairs_of(self, run: Run) -> Pairs:
+        """The pairs with what tables say of them, which are filled where they lack something."""
+        pairs, filled = tabulate.attach(run, self._read(run))
+        self.told(filled)
+        return pairs
 
     def _weights_of(self, run: Run) -> dict[str, Any]:
         """The policy's weights as it starts; those of one model at a time."""
