@@ -13,6 +13,7 @@ LEFT, TOP, BELOW = 62, 36, 52
 LABELS = 150  # most width of names beside the plot
 GAP = 17  # between names
 MARKED = 6  # most markers on a line
+CLEAR, BANDED = 5, 3  # most bands that can be told apart; how many are drawn of more: the baseline's and the best's
 Point = tuple[float | None, float | None]
 
 
@@ -41,7 +42,7 @@ def curves(
     """Lines, bands and points of methods over two axes.
 
     Methods whose style is muted are drawn in grey, under the others, and counted beside the plot; the others are named
-    there, by the height at which their lines end.
+    there, by the height at which their lines end. Where many are named, only the first few of `styles` keep bands.
 
     Args:
       steps: lines keep their value to the next point.
@@ -60,11 +61,13 @@ def curves(
     parts = [*marks.columns(x_axis, LEFT, right, TOP, bottom), *marks.rows(y_axis, LEFT, right, TOP, bottom)]
     if diagonal:
         parts += _diagonal(box)
-    # Stable: what is muted comes first, so that it lies beneath.
-    ordered = sorted(series, key=lambda one: one in shown)
-    parts += [_series(one, box, styles.get(one.name, MUTED), steps) for one in ordered]
     for place, guide in enumerate(guides):
         parts += _guide(box, *guide, box.bottom - 8 - 15 * place)
+    banded = {one.name for one in shown} if len(shown) <= CLEAR else {*list(styles)[:BANDED]}
+    # Stable: what is muted comes first, so that it lies beneath.
+    for one in sorted(series, key=lambda one: one in shown):
+        band = one.band if one.name in banded else ()
+        parts.append(_series(dataclasses.replace(one, band=band), box, styles.get(one.name, MUTED), steps))
     parts += _names(shown, len(series) - len(shown), box, styles)
     description = f'{len(series)} methods: {y.label} against {x.label}.'
     return svg.document(name, title, description, WIDTH, bottom + BELOW, parts)
@@ -102,8 +105,7 @@ def _there(scale: Scale, value: float | None) -> bool:
 def _series(one: Series, box: Box, style: Style, steps: bool) -> str:
     line = [box.at(*point) for point in one.line]
     parts = [svg.element('title', svg.escape(one.name))]
-    if not style.muted:
-        parts += [_band(stretch, steps) for stretch in marks.stretches([box.at(*edge) for edge in one.band])]
+    parts += [_band(stretch, steps) for stretch in marks.stretches([box.at(*edge) for edge in one.band])]
     for point in filter(None, (box.at(*point) for point in one.points)):
         parts.append(marks.marker(style.marker, *point, 3, 'raw'))
     parts.append(marks.path(line, style, steps=steps))
@@ -155,8 +157,9 @@ def _diagonal(box: Box) -> list[str]:
 
 def _names(shown: Sequence[Series], others: int, box: Box, styles: Mapping[str, Style]) -> list[str]:
     """The names of methods, each near the height at which its line ends and after a sample of its line."""
+    shown = [one for one in shown if _end(one, box)]
     ends = [_end(one, box) for one in shown]
-    wanted = [end[1] if end else box.bottom for end in ends]
+    wanted = [end[1] for end in ends]
     wanted += [max(wanted, default=box.top)] if others else []
     heights = marks.spread(wanted, GAP, box.top + 4, box.bottom)
     x = box.right + 8
@@ -165,7 +168,7 @@ def _names(shown: Sequence[Series], others: int, box: Box, styles: Mapping[str, 
         style = styles[one.name]
         dash = {'stroke_dasharray': style.dash} if style.dash else {}
         sample = svg.element('path', d=f'M{svg.coordinate(x)} {svg.coordinate(y)}h20', class_='line', **dash)
-        if end and box.right - end[0] < 3:
+        if box.right - end[0] < 3:
             parts.append(svg.line(*end, x - 1, y, 'leader'))
         dot = marks.marker(style.marker, x + 10, y, 3.5, 'filled')
         name = svg.text(x + 26, y + 4, svg.shortened(one.name, LABELS))
