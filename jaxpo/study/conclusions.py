@@ -1,11 +1,20 @@
 """What can be concluded from a study and what cannot, in sentences made from its numbers."""
 
+from collections.abc import Sequence
+
 from jaxpo.study.evidence import Evidence, there
 from jaxpo.study.findings import AgainstItself, Conclusions, Leaderboard, LeaderboardRow, Progress, Provenance
-from jaxpo.study.statistics import BETTER, NO_CLAIM
-from jaxpo.study.wording import counted, figure, share, signed
+from jaxpo.study.leaderboard import claimed
+from jaxpo.study.statistics import BETTER, NO_CLAIM, WORSE
+from jaxpo.study.wording import counted, figure, listed, share, signed
 
-BY_OWN_REWARD = ('rewards/', 'loss')  # metrics that a method's own implicit reward or loss decides
+# What a metric is measured by, where it is of pairs that are given: by the beginning of its name.
+OF_GIVEN_PAIRS = {
+    'rewards/': "by each method's own implicit reward",
+    'loss': "by each method's own loss, which is on another scale for each",
+    'logps/': 'by log-probabilities of given completions',
+    'log_ratios/': 'by log-probabilities of given completions against those before training',
+}
 ENOUGH_SEEDS = 5
 
 
@@ -25,9 +34,9 @@ def conclusions(
 
 def _can(evidence: Evidence, leaderboard: Leaderboard, again: AgainstItself) -> list[str]:
     design, said = evidence.design, []
-    for row in leaderboard.rows:
-        if row.against_baseline is not None and row.against_baseline.verdict != NO_CLAIM:
-            said.append(_claim(evidence, row))
+    for verdict in (BETTER, WORSE):
+        if rows := claimed(leaderboard.rows, verdict):
+            said.append(_claims(evidence, rows, verdict))
     smallest = there(row.against_baseline.detectable for row in leaderboard.rows if row.against_baseline is not None)
     if smallest:
         said.append(
@@ -40,14 +49,18 @@ def _can(evidence: Evidence, leaderboard: Leaderboard, again: AgainstItself) -> 
     return said
 
 
-def _claim(evidence: Evidence, row: LeaderboardRow) -> str:
-    design, found = evidence.design, row.against_baseline
-    direction = 'better' if found.verdict == BETTER else 'worse'
+def _claims(evidence: Evidence, rows: Sequence[LeaderboardRow], verdict: str) -> str:
+    design = evidence.design
+    named = listed([f'{row.method} {_difference(row)}' for row in rows], between='; ')
     return (
-        f'{row.method} ({row.setting}) is {direction} than {design["baseline"]} in {design["metric"]} by '
-        f'{signed(found.difference)} [{signed(found.low)}, {signed(found.high)}] over {counted(found.n, "seed")}, '
-        f'adjusted p {figure(found.adjusted_p, 2)}: for this model, these data, this budget and these grids.'
+        f'{counted(len(rows), "method")} {"is" if len(rows) == 1 else "are"} {verdict} than {design["baseline"]} in '
+        f'{design["metric"]}, for this model, these data, this budget and these grids: {named}.'
     )
+
+
+def _difference(row: LeaderboardRow) -> str:
+    found = row.against_baseline
+    return f'{signed(found.difference)} [{signed(found.low)}, {signed(found.high)}]'
 
 
 def _of_design(evidence: Evidence) -> list[str]:
@@ -60,10 +73,11 @@ def _of_design(evidence: Evidence) -> list[str]:
         f'Each method was tuned over {counted(len(evidence.baseline.trials), "setting")}; another grid may rank '
         'methods otherwise.',
     ]
-    if design['metric'].startswith(BY_OWN_REWARD):
+    measured = next((how for start, how in OF_GIVEN_PAIRS.items() if design['metric'].startswith(start)), None)
+    if measured is not None:
         said.append(
-            f"{design['metric']} is measured by each method's own implicit reward or loss: it compares how well "
-            'methods order pairs that are given, not how good the texts are that they write.'
+            f'{design["metric"]} is measured {measured}: it compares how methods judge pairs that are given, not how '
+            'good the texts are that they write.'
         )
     if len(design['seeds']) < ENOUGH_SEEDS:
         said.append(f'{counted(len(design["seeds"]), "seed")} make wide intervals: all but large effects stay unseen.')

@@ -22,10 +22,10 @@ def share(value: float) -> str:
     return f'{100 * value:.3g} %'
 
 
-def listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str], between: str = ', ') -> str:
     """Names in a row; of many the first, and how many more there are."""
     shown, more = names[:NAMED], len(names) - NAMED
-    return ', '.join(shown) + (f' and {more} more' if more > 0 else '')
+    return between.join(shown) + (f' and {more} more' if more > 0 else '')
 
 
 def counted(count: int, one: str, many: str = '') -> str:

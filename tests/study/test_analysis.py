@@ -75,6 +75,27 @@ def test_a_planted_effect_is_found_and_equal_methods_give_no_claim(found):
     assert '1 is better: good (+' in found.leaderboard.headline and '1 is worse: bad (-' in found.leaderboard.headline
 
 
+def test_conclusions_say_what_follows_and_what_does_not(planted, found, tmp_path):
+    can, cannot = found.conclusions.can, found.conclusions.cannot
+    assert can[0].startswith('1 method is better than dpo in score') and 'good +0.5' in can[0]
+    assert can[1].startswith('1 method is worse than dpo') and 'bad -0.5' in can[1]
+    smallest = min(row.against_baseline.detectable for row in found.leaderboard.rows if not row.is_baseline)
+    assert any(f'{smallest:.3g} (where seeds differ least)' in text for text in can)
+    for part in (
+        'not shown to equal',
+        'Seeds vary what',
+        '2 settings',
+        '4 seeds make',
+        '12 held-out pairs of 8 prompts',
+    ):
+        assert any(part in text for text in cannot), part
+    assert not any('implicit reward' in text for text in cannot)
+    shutil.copytree(planted, tmp_path / 'study')
+    file = tmp_path / 'study' / 'study.json'
+    file.write_text(file.read_text().replace('"metric": "score"', '"metric": "rewards/accuracies"'))
+    assert any('own implicit reward' in text for text in analyse(tmp_path / 'study').conclusions.cannot)
+
+
 def test_the_leaderboard_is_what_numpy_and_scipy_say(planted, found):
     selection, report = (values_by_hand(planted, split) for split in ('selection', 'report'))
     chosen = {name: max((0.1, 0.2), key=lambda rate: selection[name, rate].mean()) for name in [*EFFECTS, 'dpo (A/A)']}
