@@ -72,8 +72,9 @@ def get_study() -> Study:
         output='runs/methods',
         model=Model(source=str(SHARED / 'models/stories260k'), remat='none'),
         references={'start': Reference(table=True)},
-        data=Data(pairs('train'), pairs('eval'), max_prompt_tokens=64, max_completion_tokens=48),
-        rows=Rows(layout='shared', lengths=(192,), microbatch=8, pairs_per_row=2),
+        data=Data(pairs('train'), pairs('eval'), max_prompt_tokens=48, max_completion_tokens=40),
+        # Long enough for every pair with kto's further completion: all methods have the same data.
+        rows=Rows(layout='shared', lengths=(224,), microbatch=8, pairs_per_row=3),
         optimizer=Optimizer(warmup_steps=2),
         train=Train(batch_pairs=8, steps=24, evaluate_every=12),
         evaluate=Evaluate(pairs=120),
