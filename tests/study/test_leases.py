@@ -171,6 +171,22 @@ def test_a_lease_that_cannot_be_renewed_is_lost_in_time(tmp_path, monkeypatch, c
         assert lease.lost == lost
 
 
+def test_a_slow_renewal_counts_from_its_beginning(tmp_path, monkeypatch, clock):
+    lease = pair(tmp_path)[0].acquire('name')
+    renew = Files.renew
+
+    def slow(*words):
+        version = renew(*words)
+        clock.now += SECONDS - 1
+        return version
+
+    monkeypatch.setattr(Files, 'renew', slow)
+    lease.renew()
+    assert not lease.lost
+    clock.now += 1
+    assert lease.lost
+
+
 @pytest.mark.parametrize(
     'name', ['', '.', '..', '../up', 'a/b', '/absolute', '.hidden', 'a b', 'a\nb', 'a\n', 'ä', 'x' * 65]
 )
@@ -195,8 +211,28 @@ def test_who_begins_anew_in_an_emptied_directory_is_left_alone(tmp_path):
     taken = second.acquire('name')
     with pytest.raises(LeaseLost):
         lease.renew()
+    assert lease.lost
     lease.release()
     taken.renew()
+
+
+def test_one_file_is_left_of_a_name(tmp_path):
+    first, second = pair(tmp_path)
+    for holder in (first, second, first):
+        holder.acquire('name').release()
+    assert os.listdir(tmp_path / 'name') == ['3']
+    assert first._store.take('name', 1, 'slow one', 'slow one') is None
+    assert os.listdir(tmp_path / 'name') == ['3']
+
+
+def test_a_successor_that_died_before_it_tidied_up_is_one(tmp_path):
+    first, second = pair(tmp_path)
+    lease = first.acquire('name')
+    (tmp_path / 'name' / '2').write_text('')
+    with pytest.raises(LeaseLost):
+        lease.renew()
+    lease.release()
+    assert (tmp_path / 'name' / '1').read_text() != leases.RELEASED and second.acquire('name') is None
 
 
 def test_a_place_that_is_no_directory_is_said_plainly(tmp_path):
