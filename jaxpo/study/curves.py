@@ -169,7 +169,7 @@ def _names(shown: Sequence[Series], others: int, box: Box, styles: Mapping[str, 
         dash = {'stroke_dasharray': style.dash} if style.dash else {}
         sample = svg.element('path', d=f'M{svg.coordinate(x)} {svg.coordinate(y)}h20', class_='line', **dash)
         if box.right - end[0] < 3:
-            parts.append(svg.line(*end, x - 1, y, 'leader'))
+            parts.append(svg.line(end[0] + 5, end[1], x - 1, y, 'leader'))
         dot = marks.marker(style.marker, x + 10, y, 3.5, 'filled')
         name = svg.text(x + 26, y + 4, svg.shortened(one.name, LABELS))
         parts.append(svg.element('g', sample, dot, name, class_=style.colour))

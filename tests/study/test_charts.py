@@ -103,6 +103,7 @@ def test_intervals_land_where_the_axis_says():
     for name, (low, high) in {'dpo': (0.012, 0.05), 'ipo': (-0.044, -0.016)}.items():
         bar = next(one for one in series(root, name).iter('line') if one.get('y1') == one.get('y2'))
         np.testing.assert_allclose([value(bar.get('x1')), value(bar.get('x2'))], (low, high), atol=1e-4)
+    assert [one.text for one in series(root, 'dpo').findall('text')] == ['dpo', '+0.031', '[+0.012, +0.050]', 'better']
     zero = of_class(root, 'zero')[0]
     assert value(zero.get('x1')) == pytest.approx(0, abs=1e-4)
 
