@@ -152,4 +152,7 @@ def _check(experiment: str, overrides: Sequence[str], shards: int, output: str) 
 def _name(output: str) -> str:
     """What jobs of a study are called: as xpk and SkyPilot want it, with a number behind at most 28 characters."""
     last = re.sub(r'[^a-z0-9]+', '-', output.rstrip('/').rpartition('/')[2].lower()).strip('-')[:12].strip('-')
-    return f'study-{last}-'.replace('--', '-') + hashlib.sha256(output.rstrip('/').encode()).hexdigest()[:5]
+    return (
+        f'study-{last.removeprefix("study")}-'.replace('--', '-')
+        + hashlib.sha256(output.rstrip('/').encode()).hexdigest()[:5]
+    )

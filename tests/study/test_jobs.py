@@ -187,7 +187,16 @@ def test_workloads_are_deleted_by_the_same_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'output', ['gs://bucket/' + 'x' * 60, 'gs://bucket/1', 'gs://bucket', 'gs://bucket/-_-', 'gs://bucket/Ä.b/', OUTPUT]
+    'output',
+    [
+        'gs://bucket/' + 'x' * 60,
+        'gs://bucket/1',
+        'gs://bucket',
+        'gs://bucket/-_-',
+        'gs://bucket/Ä.b/',
+        'gs://bucket/study',
+        OUTPUT,
+    ],
 )
 def test_jobs_have_names_that_xpk_and_skypilot_take(output):
     name = jobs._name(output)
