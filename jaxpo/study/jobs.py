@@ -151,8 +151,7 @@ def _check(experiment: str, overrides: Sequence[str], shards: int, output: str) 
 
 def _name(output: str) -> str:
     """What jobs of a study are called: as xpk and SkyPilot want it, with a number behind at most 28 characters."""
-    last = re.sub(r'[^a-z0-9]+', '-', output.rstrip('/').rpartition('/')[2].lower()).strip('-')[:12].strip('-')
-    return (
-        f'study-{last.removeprefix("study")}-'.replace('--', '-')
-        + hashlib.sha256(output.rstrip('/').encode()).hexdigest()[:5]
-    )
+    output = output.rstrip('/')
+    last = re.sub(r'[^a-z0-9]+', '-', output.rpartition('/')[2].lower()).strip('-')[:12].strip('-')
+    readable = f'study-{last.removeprefix("study")}-'.replace('--', '-')
+    return readable + hashlib.sha256(output.encode()).hexdigest()[:5]
