@@ -65,7 +65,7 @@ def study(arguments: Sequence[str]) -> int:
     if known.dry_run:
         dry_run.show(plan.root, plan.study, plan.path, plan.reward, plan.bundles(), own=plan.run_cells is not None)
         return 0
-    worker = known.worker or f'{socket.gethostname().split(".")[0]}-{os.getpid()}'
+    worker = known.worker or f'{socket.gethostname().split(".")[0][:50]}-{os.getpid()}'
     return runner.run(plan.root, plan.study, plan.cells, plan.bundles(), _training(plan), shard, worker, known.retry)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from jaxpo import experiment, objective
 from jaxpo.config import Scalar
 from jaxpo.errors import InputError, unknown
+from jaxpo.study import statistics
 
 AGAIN = '(A/A)'
 SEED = 'train.seed'
@@ -191,9 +192,9 @@ def check(study: Study) -> None:
     if study.baseline not in study.methods:
         raise unknown('baseline', study.baseline, study.methods)
     _check_seeds(study.seeds)
-    for name, value in (('selection_share', study.selection_share), ('confidence', study.confidence)):
-        if not 0 < value < 1:
-            raise InputError(f'study: {name} must be between 0 and 1, not {value!r}.')
+    if not 0 < study.selection_share < 1:
+        raise InputError(f'study: selection_share must be between 0 and 1, not {study.selection_share!r}.')
+    statistics.check_confidence(study.confidence)
     for name, value in (('cells_per_program', study.cells_per_program), ('lanes', study.lanes)):
         if value is not None and not (isinstance(value, int) and value > 0):
             raise InputError(f'study: {name} must be a whole number above 0, not {value!r}.')
