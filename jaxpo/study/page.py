@@ -45,6 +45,7 @@ def _template() -> jinja2.Template:
         'number': svg.number,
         'plain': svg.plain,
         'signed': functools.partial(svg.number, sign=True),
+        'thousands': '{:,}'.format,
         'percent': percent,
         'p_value': p_value,
         'written': written,
