@@ -77,8 +77,9 @@ def test_a_planted_effect_is_found_and_equal_methods_give_no_claim(found):
 
 def test_conclusions_say_what_follows_and_what_does_not(planted, found, tmp_path):
     can, cannot = found.conclusions.can, found.conclusions.cannot
-    assert can[0].startswith('1 method is better than dpo in score') and 'good +0.5' in can[0]
-    assert can[1].startswith('1 method is worse than dpo') and 'bad -0.5' in can[1]
+    for text, verdict, method in zip(can, ('better', 'worse'), ('good', 'bad')):
+        difference = rows_of(found)[method].against_baseline.difference
+        assert text.startswith(f'1 method is {verdict} than dpo in score') and f'{method} {difference:+.3g} [' in text
     smallest = min(row.against_baseline.detectable for row in found.leaderboard.rows if not row.is_baseline)
     assert any(f'{smallest:.3g} (where seeds differ least)' in text for text in can)
     for part in (
