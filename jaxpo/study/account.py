@@ -77,7 +77,10 @@ def _rules(evidence: Evidence) -> tuple[tuple[str, str], ...]:
             f'methods, is below {alpha}; else no claim. Methods without a p-value yet count in the correction.',
         ),
         ('exclusions', 'None. Cells that diverged or stopped with an error are counted, and are in no mean.'),
-        ('A/A', 'The baseline is tried a second time, with other seeds, through the same choice and comparison.'),
+        (
+            'A/A',
+            'The baseline is tried again, with other seeds, through the same choice and comparison, uncorrected.',
+        ),
     )
 
 

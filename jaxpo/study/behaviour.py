@@ -48,14 +48,18 @@ def _margins(numbers: PairNumbers) -> np.ndarray:
 def length(evidence: Evidence, choices: Choices) -> Length | None:
     """None where there are neither numbers by pair nor sampled completions."""
     rows = tuple(_length_row(arm.name, _cells(choices[arm.name])) for arm in evidence.methods)
-    pairs = next((cell.pairs for arm in evidence.methods for cell in _cells(choices[arm.name]) if cell.pairs), None)
-    if pairs is None and not any(row.sampled_after for row in rows):
+    held = [cell.pairs for arm in evidence.methods for cell in _cells(choices[arm.name]) if cell.pairs is not None]
+    if not held and not any(row.sampled_after for row in rows):
         return None
-    if pairs is None:
-        return Length(rows, None, None, None, None, _length_caption(rows, None))
-    longer = float(np.mean(pairs.chosen_tokens > pairs.rejected_tokens))
-    chosen, rejected = float(np.mean(pairs.chosen_tokens)), float(np.mean(pairs.rejected_tokens))
-    return Length(rows, len(pairs.pair), chosen, rejected, longer, _length_caption(rows, longer))
+    longer = mean(float(np.mean(one.chosen_tokens > one.rejected_tokens)) for one in held)
+    return Length(
+        rows,
+        pairs=len(held[0].pair) if held else None,
+        chosen_tokens=mean(float(np.mean(one.chosen_tokens)) for one in held),
+        rejected_tokens=mean(float(np.mean(one.rejected_tokens)) for one in held),
+        share_chosen_longer=longer,
+        caption=_length_caption(rows, longer),
+    )
 
 
 def _length_row(method: str, cells: Sequence[Found]) -> LengthRow:
@@ -161,7 +165,7 @@ def _health_caption(rows: Sequence[HealthRow]) -> str:
     if falling:
         text += (
             f' Under {counted(len(falling), "method")} most chosen completions have become less likely than they were '
-            f'({listed(falling)}): the margin grows by pushing the rejected ones down further.'
+            f'({listed(falling)}): where their margins grow, it is by pushing the rejected ones down further.'
         )
     gaps = [(row.accuracy_gap.mean, row.method) for row in rows if row.accuracy_gap]
     if gaps:

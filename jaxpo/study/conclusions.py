@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxpo.study.evidence import Evidence, there
+from jaxpo.study.evidence import Evidence, Found, same_pairs, there
 from jaxpo.study.findings import AgainstItself, Conclusions, Leaderboard, LeaderboardRow, Progress, Provenance
 from jaxpo.study.leaderboard import claimed
 from jaxpo.study.statistics import BETTER, NO_CLAIM, WORSE
@@ -87,13 +87,9 @@ def _of_design(evidence: Evidence) -> list[str]:
 def _of_state(evidence: Evidence, progress: Progress, again: AgainstItself, provenance: Provenance) -> list[str]:
     """What this study does not say as it stands."""
     said = []
-    numbers = next((cell.pairs for cell in evidence.baseline.cells if cell.pairs is not None), None)
-    if numbers is not None:
-        said.append(
-            f'The report rests on {counted(len(numbers.pair), "held-out pair")} of '
-            f'{counted(len({*numbers.prompt.tolist()}), "prompt")}, the same for all seeds: intervals over seeds say '
-            'nothing of other prompts; those by seeds and prompts do.'
-        )
+    cells = [cell for cell in evidence.baseline.cells if cell.pairs is not None]
+    if cells:
+        said.append(_of_pairs(cells))
     if not progress.complete:
         said.append(
             f'{counted(progress.all.missing, "cell")} of {progress.all.planned:,} have not ended: choices and verdicts '
@@ -121,3 +117,17 @@ def _of_state(evidence: Evidence, progress: Progress, again: AgainstItself, prov
             f'Cells were not all made alike ({", ".join(provenance.mixed)} differ): part of a difference may be that.'
         )
     return said
+
+
+def _of_pairs(cells: Sequence[Found]) -> str:
+    numbers = cells[0].pairs
+    pairs, prompts = (
+        counted(len(numbers.pair), 'held-out pair'),
+        counted(len({*numbers.prompt.tolist()}), 'prompt'),
+    )
+    if same_pairs(cells):
+        return (
+            f'The report rests on {pairs} of {prompts}, the same for all seeds: intervals over seeds say nothing of '
+            'other prompts; those by seeds and prompts do.'
+        )
+    return f'Each seed has {pairs} of its own: intervals over seeds are of other pairs too, drawn in the same way.'

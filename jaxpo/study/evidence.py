@@ -149,6 +149,12 @@ class Evidence:
         return [self.metric(cell, split) for cell in trial.cells]
 
 
+def same_pairs(cells: Sequence[Found]) -> bool:
+    """Whether all of these cells, which have numbers by pair, were evaluated on the same pairs of the same prompts."""
+    pairs = [(cell.pairs.pair, cell.pairs.prompt) for cell in cells]
+    return all(np.array_equal(one, other) for both in pairs for one, other in zip(both, pairs[0]))
+
+
 def gather(root: storage.Path) -> Evidence:
     """Reads a study's directory, finished or not.
 

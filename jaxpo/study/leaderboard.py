@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxpo.study import statistics
 from jaxpo.study.comparisons import gains, judge, judge_alone
-from jaxpo.study.evidence import REPORT, Evidence, Found, finite, mean, there
+from jaxpo.study.evidence import REPORT, Evidence, Found, finite, mean, same_pairs, there
 from jaxpo.study.findings import AgainstItself, ByPrompt, Comparison, Leaderboard, LeaderboardRow
 from jaxpo.study.measures import correct
 from jaxpo.study.selection import Choice
@@ -96,7 +96,7 @@ def _note(choice: Choice, n: int, comparison: Comparison | None) -> str:
 
 
 def _by_prompt(evidence: Evidence, mine: Choice, theirs: Choice) -> ByPrompt | None:
-    """By the pairs that all cells of both settings were evaluated on."""
+    """None where a seed has pairs of its own: there are no prompts then that all seeds were tried on."""
     if mine.trial is None or theirs.trial is None:
         return None
     couples = [
@@ -104,21 +104,16 @@ def _by_prompt(evidence: Evidence, mine: Choice, theirs: Choice) -> ByPrompt | N
         for one, other in zip(mine.trial.cells, theirs.trial.cells)
         if one.pairs is not None and other.pairs is not None
     ]
-    if not couples:
+    if not couples or not same_pairs([cell for couple in couples for cell in couple]):
         return None
-    common = sorted(set.intersection(*({*cell.pairs.pair.tolist()} for couple in couples for cell in couple)))
-    if not common:
-        return None
-    prompts = couples[0][0].pairs
-    clusters = prompts.prompt[np.isin(prompts.pair, common)]
-    values = np.array([_correct(one, common) - _correct(other, common) for one, other in couples])
-    found = statistics.two_way_bootstrap(values, clusters, confidence=evidence.design['confidence'])
+    values = np.array([_correct(one) - _correct(other) for one, other in couples])
+    prompts = couples[0][0].pairs.prompt
+    found = statistics.two_way_bootstrap(values, prompts, confidence=evidence.design['confidence'])
     return ByPrompt(found.seeds, found.clusters, found.mean, finite(found.low), finite(found.high))
 
 
-def _correct(cell: Found, pairs: Sequence[int]) -> np.ndarray:
-    numbers = cell.pairs
-    return correct(numbers.chosen_reward - numbers.rejected_reward)[np.isin(numbers.pair, pairs)]
+def _correct(cell: Found) -> np.ndarray:
+    return correct(cell.pairs.chosen_reward - cell.pairs.rejected_reward)
 
 
 def claimed(rows: Sequence[LeaderboardRow], verdict: str) -> list[LeaderboardRow]:
@@ -139,13 +134,13 @@ def _headline(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
     for verdict in (BETTER, WORSE):
         found = claimed(rows, verdict)
         named = listed([f'{row.method} ({signed(row.against_baseline.difference)})' for row in found])
-        verb = 'is' if len(found) == 1 else 'are'
-        said.append(f'{len(found)} {verb} {verdict}' + (f': {named}' if found else ''))
+        verb = 'are' if len(found) > 1 else 'is'
+        said.append(f'{len(found) or "none"} {verb} {verdict}' + (f': {named}' if found else ''))
     without = len(claimed(rows, NO_CLAIM))
-    return (
-        f'{start}Of {counted(len(others), "method")} against {design["baseline"]} by {design["metric"]}, '
-        f'{"; ".join(said)}; of {without} no claim is made.'
-    )
+    compared = f'{start}Of {counted(len(others), "method")} against {design["baseline"]} by {design["metric"]}, '
+    if without == len(others):
+        return f'{compared}none is shown to be better or worse.'
+    return f'{compared}{"; ".join(said)}; of {without or "none"} no claim is made.'
 
 
 def _caption(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
@@ -154,8 +149,8 @@ def _caption(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
     direction = 'higher' if design['higher_is_better'] else 'lower'
     text = (
         f'Difference of {design["metric"]} from {design["baseline"]}, {direction} is better: mean and paired t '
-        f'interval at {share(design["confidence"])} over seeds, each method at the setting chosen for it on other '
-        'prompts. A claim needs an interval without zero and a Holm-adjusted p below '
+        f'interval at {share(design["confidence"])} over seeds, each method at the setting chosen for it on the '
+        'selection split. A claim needs an interval without zero and a Holm-adjusted p below '
         f'{figure(1 - design["confidence"])}; no claim is no proof of equality.'
     )
     if smallest:
@@ -185,8 +180,8 @@ def _again_caption(evidence: Evidence, row: LeaderboardRow, tested: int, excludi
         )
     if tested:
         text += (
-            f' At {counted(tested, "setting")} of its grid, {excluding} of the intervals '
-            f'{"excludes" if excluding == 1 else "exclude"} zero; {figure(expected)} would by chance (settings share '
+            f' At {counted(tested, "setting")} of its grid, {excluding or "none"} of the intervals '
+            f'{"exclude" if excluding > 1 else "excludes"} zero; {figure(expected)} would by chance (settings share '
             'seeds, so they do so together).'
         )
     return text

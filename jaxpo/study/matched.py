@@ -143,11 +143,11 @@ def _front(points: Sequence[FrontierPoint]) -> tuple[FrontPoint, ...]:
 
 def _caption(evidence: Evidence, matched: Sequence[MatchedKL]) -> str:
     text = (
-        'Reward of samples against KL from the reference, every setting, seed and step a point; lines join the best '
+        'Reward against KL from the reference, every setting, seed and step a point; lines join the best '
         'reward up to each KL, of means over seeds. Rewards at unequal KL do not compare: methods are compared where '
         'they went equally far, by interpolation between points of one seed, never beyond them. A front is a maximum '
-        'over noisy points, on the report split itself: it is too high for all methods alike, as they have equally '
-        'many settings.'
+        'over points, on the report split itself: where they are noisy it is too high, for all methods alike, as they '
+        'have equally many settings.'
     )
     if not matched:
         return f'{text} No KL was reached by all methods, so none are compared.'

@@ -128,7 +128,7 @@ def _caption(evidence: Evidence, rows: Sequence[RobustnessRow]) -> str:
     if tried:
         widest = max(tried, key=lambda row: row.share_above_baseline)
         text += (
-            f' {widest.method} has the largest share of runs beyond the mean of {evidence.design["baseline"]} at its '
-            f'chosen setting, {share(widest.share_above_baseline)}.'
+            f' The largest share of runs beyond the mean of {evidence.design["baseline"]} at its chosen setting is '
+            f'that of {widest.method}, {share(widest.share_above_baseline)}.'
         )
     return text + ' No claims are made from this section: no correction was planned for it.'

@@ -465,3 +465,21 @@ def test_a_program_shared_by_cells_is_counted_once(tmp_path):
     assert (found.compute.total.seconds, found.compute.total.device_seconds) == (1.0, 4.0)
     assert found.compute.total.cells_at_once == 8 and 'up to 8 at once' in found.compute.caption
     assert 'nothing to compare' in found.leaderboard.headline and records.states(tmp_path / 'study')
+
+
+def test_pairs_of_each_seed_are_not_crossed_with_seeds(tmp_path):
+    """No prompts are common to the seeds then, and intervals over seeds are of other pairs too."""
+
+    def outcome(cell, found):
+        told = made_up.finished(cell, found)
+        pairs = {
+            split: dataclasses.replace(numbers, prompt=numbers.prompt[::-1] + cell.seed)
+            for split, numbers in told.pairs.items()
+        }
+        return dataclasses.replace(told, pairs=pairs)
+
+    made = made_up.study(('dpo', 'good'), seeds=(0, 1), rates=(0.1,))
+    found = analyse(made_up.write(tmp_path / 'study', made, scores, outcome=outcome))
+    assert [row.by_prompt for row in found.leaderboard.rows] == [None, None]
+    assert any('Each seed has 12 held-out pairs of its own' in text for text in found.conclusions.cannot)
+    assert not any('the same for all seeds' in text for text in found.conclusions.cannot)
