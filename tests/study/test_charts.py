@@ -164,6 +164,12 @@ def test_lines_land_where_the_axes_say_and_break_at_gaps():
     assert any(np.allclose(place, (60, 0.7), atol=0.06) for place in lone)
 
 
+def test_long_lines_have_a_few_markers_the_last_point_among_them():
+    root = parsed(lines(curves.Series('dpo', tuple((step, float(step)) for step in range(30)))))
+    x, circles = scale_of(root, 'x'), series(root, 'dpo').findall('circle')
+    np.testing.assert_allclose(sorted(x(one.get('cx')) for one in circles), [4, 9, 14, 19, 24, 29], atol=0.05)
+
+
 def test_steps_keep_their_value_to_the_next_point():
     root = parsed(
         lines(curves.Series('dpo', ((0, 1.0), (1, 0.5), (2, 0.0))), steps=True, y=Scale('share', bounds=(0, 1)))
