@@ -198,9 +198,12 @@ def check(study: Study) -> None:
     for name, value in (('cells_per_program', study.cells_per_program), ('lanes', study.lanes)):
         if value is not None and not (isinstance(value, int) and value > 0):
             raise InputError(f'study: {name} must be a whole number above 0, not {value!r}.')
-    for method in study.methods.values():
+    for name, method in study.methods.items():
+        for field in {*method.grid} & {*study.grid}:
+            raise InputError(f'study: {field} is in the grid of {name} and in that of all methods: drop one of them.')
         for field, values in {**method.grid, **study.grid}.items():
             _check_values(field, values)
+        _check_fixed(name, method)
     budgets = {name: len(settings_of(study, name)) for name in study.methods}
     if len({*budgets.values()}) > 1:
         counts = ', '.join(f'{name} {count}' for name, count in budgets.items())
@@ -215,12 +218,23 @@ def _check_seeds(seeds: Sequence[int]) -> None:
         raise InputError(f'study: seeds must be whole numbers, 0 or more, each once, not {seeds!r}.')
 
 
+def _check_fixed(name: str, method: Method) -> None:
+    """InputError for settings that would have no effect."""
+    for field in method.settings:
+        if field == SEED:
+            raise InputError(f'study: {SEED} is set by `seeds`, not by the settings of {name}.')
+        if field.split('.')[0] in ('objective', 'output'):
+            raise InputError(f'study: {field} has no effect in the settings of {name}.')
+        if field in method.grid:
+            raise InputError(f'study: {field} is in the grid of {name} and in its settings: drop one of them.')
+
+
 def _check_values(field: str, values: Sequence[Scalar]) -> None:
     if field == SEED:
         raise InputError(f'study: {SEED} is set by `seeds`, not by the grid.')
     if isinstance(values, str) or not isinstance(values, Sequence) or not values:
         raise InputError(f'study: the grid of {field} must be a tuple of values, not {values!r}.')
-    if len({*values}) < len(values):
+    if any(value in values[:place] for place, value in enumerate(values)):
         raise InputError(f'study: the grid of {field} has a value twice: {values!r}.')
     for value in values:
         if isinstance(value, float) and not math.isfinite(value):
