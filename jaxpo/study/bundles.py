@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 
 from jaxpo import objective as objectives
-from jaxpo.config import Config
+from jaxpo.config import Config, Mesh
 from jaxpo.errors import InputError
 from jaxpo.objective import Objective
+from jaxpo.settings import check_settings
 from jaxpo.study.design import Cell, Study
 from jaxpo.study.union import joins, union
 
@@ -28,6 +29,8 @@ class Bundle:
     """All cells of the kind."""
     whole: Objective | None = None
     """The losses of all cells of the kind; None where the experiment trains in a way of its own."""
+    mixed: bool = False
+    """Whether the cells of the kind have several objectives: numbers then say which losses of `whole` are in use."""
 
 
 def bundles(study: Study, cells: Sequence[Cell], devices: int) -> list[Bundle]:
@@ -35,18 +38,19 @@ def bundles(study: Study, cells: Sequence[Cell], devices: int) -> list[Bundle]:
 
     InputError for an objective that cannot be, or a model that is split over devices beside `cells_per_program`.
     """
-    if study.cells_per_program > 1:
-        _check_whole_models(study.base)
     found = []
-    for kind, whole, members in _kinds(cells):
+    for kind, found_there, members in _kinds(cells):
+        whole, mixed = union(found_there), len(found_there) > 1
         most = study.cells_per_program if _stacks(whole) else 1
+        if most > 1:
+            _check_whole_models(members[0].config)
         chunks = -(-len(members) // most)
         at_once = -(-len(members) // chunks)
         if at_once > 1:
             at_once = -(-at_once // devices) * devices
         for start in range(0, len(members), at_once):
             part = tuple(members[start : start + at_once])
-            found.append(Bundle(_name(part), part, at_once, f'{kind}-{at_once}', tuple(members), whole))
+            found.append(Bundle(_name(part), part, at_once, f'{kind}-{at_once}', tuple(members), whole, mixed))
     return found
 
 
@@ -72,11 +76,12 @@ def _name(cells: Sequence[Cell]) -> str:
 
 
 def _check_whole_models(config: Config) -> None:
-    for axis in ('replica', 'fsdp', 'tensor'):
-        if getattr(config.mesh, axis) != 1:
+    usual = Mesh()
+    for axis in ('replica', 'data', 'fsdp', 'tensor'):
+        if getattr(config.mesh, axis) not in (1, getattr(usual, axis)):
             raise InputError(
                 f'study: cells_per_program trains whole cells side by side, each on one device, but mesh.{axis} is '
-                f'{getattr(config.mesh, axis)}: set it to 1, or cells_per_program to 1.'
+                f'{getattr(config.mesh, axis)}: set it to {getattr(usual, axis)}, or cells_per_program to 1.'
             )
     for name, reference in config.references.items():
         if reference.memory != 'device':
@@ -88,9 +93,11 @@ def _stacks(whole: Objective) -> bool:
     return whole.mixture is None or whole.mixture.observes in ('nothing', 'step')
 
 
-def _kinds(cells: Sequence[Cell]) -> list[tuple[str, Objective, list[Cell]]]:
+def _kinds(cells: Sequence[Cell]) -> list[tuple[str, list[Objective], list[Cell]]]:
+    """Name, objectives and cells of each kind. InputError for a cell's config that cannot be."""
     kinds: list[tuple[str, list[Objective], list[Cell]]] = []
     for cell in cells:
+        check_settings(cell.config)
         objective = objectives.make(cell.config.objective, tuple(cell.config.references))
         shape = _shape(cell)
         home = next((kind for kind in kinds if kind[0] == shape and joins(objective, kind[1])), None)
@@ -100,7 +107,7 @@ def _kinds(cells: Sequence[Cell]) -> list[tuple[str, Objective, list[Cell]]]:
         if objective not in home[1]:
             home[1].append(objective)
         home[2].append(cell)
-    return [(f'{place}', union(found), members) for place, (_, found, members) in enumerate(kinds)]
+    return [(f'{place}', found, members) for place, (_, found, members) in enumerate(kinds)]
 
 
 def _shape(cell: Cell) -> str:

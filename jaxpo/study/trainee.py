@@ -20,8 +20,6 @@ from jaxpo.study.workshop import Shop, Workshop
 
 
 class Trainee:
-    """A cell in training: what is its own, and what was found of it so far."""
-
     """One cell, from its first step to its outcome."""
 
     def __init__(self, workshop: Workshop, shop: Shop, bundle: Bundle, cell: Cell):
@@ -29,13 +27,13 @@ class Trainee:
         self.objective: Objective = objectives.make(cell.config.objective, tuple(cell.config.references))
         experiment = Experiment(workshop.path, cell.config, workshop.reward)
         # Where others' losses stand beside its own, numbers say which are in use.
-        alone = self.objective == bundle.whole
-        numbers = self.objective.hyperparameters if alone else union.traced(bundle.whole, self.objective)
+        numbers = union.traced(bundle.whole, self.objective) if bundle.mixed else self.objective.hyperparameters
         whole = dataclasses.replace(shop.run.objective, hyperparameters=numbers)
         self.run = dataclasses.replace(shop.run, experiment=experiment, objective=whole)
         self.schedule = Schedule(cell.config.train, len(shop.pairs.train))
         self._rates = learning_rates(cell.config.optimizer, self.schedule.steps)
         self._row_tokens = row_tokens(lengths_of(shop.pairs.train), cell.config.rows.layout)
+        self._others = _metrics_of(whole) - _metrics_of(self.objective)
         self.lines: list[Line] = []
         self.numbers: dict[str, PairNumbers] = {}
         self.starts: dict[str, PairNumbers] = {}
@@ -53,8 +51,7 @@ class Trainee:
         if not metrics.pop('finite'):
             what = ', '.join(name for name in ('loss', 'grad_norm') if not np.isfinite(metrics[name]))
             self.error = f'step {number}: {what or "its running state"} is not finite'
-        own = {f'loss/{term.loss.name}' for term in self.objective.terms} if len(self.objective.terms) > 1 else {}
-        kept = {name: value for name, value in metrics.items() if not name.startswith('loss/') or name in own}
+        kept = {name: value for name, value in metrics.items() if name not in self._others}
         if log or self.error:
             self.lines.append({'step': number, **kept, 'num_tokens': self.tokens})
 
@@ -65,3 +62,10 @@ class Trainee:
     def outcome(self, compute: Compute) -> Outcome:
         state = DIVERGED if self.error else FINISHED
         return Outcome(state, self.lines, {} if self.error else self.numbers, compute, self.error)
+
+
+def _metrics_of(objective: Objective) -> set[str]:
+    """Metrics of a step that are there, or not, by what the objective is made of."""
+    terms, trained = objective.terms, ('method_grad_norm', 'method_learning_rate')
+    losses = {f'loss/{term.loss.name}' for term in terms} if len(terms) > 1 else set()
+    return losses | ({*trained} if any(term.loss.init_params for term in terms) else set())
