@@ -106,13 +106,15 @@ def _start(shop: Shop, trainees: Sequence[Trainee]) -> TrainState:
 
 
 def _own_start(trainee: Trainee) -> dict[str, Any]:
-    """What of a state at step 0 depends on the cell: its adapter, and parts of its methods."""
+    """What of a state at step 0 depends on the cell: its adapter, averages of it, and parts of its methods."""
     run = trainee.run
     whole_state, whole_params = loading.init_method(run)
     own_state, own_params = loading.init_method(dataclasses.replace(run, objective=trainee.objective))
     method = {'method_state': whole_state | own_state, 'method_params': whole_params | own_params}
-    adapter = {'params': loading.fresh_adapter(run)} if run.lora else {}
-    return jax.device_get(method | adapter)
+    if not run.lora:
+        return jax.device_get(method)
+    adapter = loading.fresh_adapter(run)
+    return jax.device_get(method | {'params': adapter, 'average_params': dict.fromkeys(run.averages, adapter)})
 
 
 def _evaluate(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: int, steps: int) -> None:
