@@ -35,11 +35,15 @@ class HeldOut:
 
 
 def hold_out(
-    settings: config.Rows, evaluation: Sequence[Pair], training: Sequence[Pair], selection_share: float
+    settings: config.Rows,
+    evaluation: Sequence[Pair],
+    training: Sequence[Pair],
+    selection_share: float,
+    row_multiple: int = 1,
 ) -> HeldOut:
     """The splits of held-out pairs, and as many training pairs, the first ones, to compare them with.
 
-    InputError where a split has no pair.
+    Rows are split into `row_multiple` shares. InputError where a split has no pair.
     """
     both = [pair for pair in evaluation if pair.chosen.size and pair.rejected.size]
     pairs: dict[str, list[Pair]] = {SELECTION: [], REPORT: []}
@@ -54,7 +58,10 @@ def hold_out(
     complete = (pair for pair in training if pair.chosen.size and pair.rejected.size)
     pairs[TRAIN] = [pair for pair, _ in zip(complete, pairs[REPORT])]
     parts = {name: list(_parts(members)) for name, members in pairs.items()}
-    filled = {name: [rows.fill_rows(part, settings) for part in members] for name, members in parts.items()}
+    filled = {
+        name: [rows.fill_rows(part, settings, row_multiple=row_multiple) for part in members]
+        for name, members in parts.items()
+    }
     shape = largest([shape_of(batch) for batches in filled.values() for batch in batches])
     batches = {name: [padded(batch, shape) for batch in members] for name, members in filled.items()}
     return HeldOut(selection_share, pairs, batches)

@@ -91,7 +91,8 @@ class Workshop:
         many, run = bundle.at_once > 1, self._prepared(bundle)
         pairs = self._pairs_of(run)
         run = self._prepared(bundle, jax.devices()[:1]) if many else run
-        held = heldout.hold_out(run.config.rows, pairs.evaluation, pairs.train, self.study.selection_share)
+        share = self.study.selection_share
+        held = heldout.hold_out(run.config.rows, pairs.evaluation, pairs.train, share, run.row_multiple)
         evaluator = evaluate.make_evaluator(run, []) if run.config.evaluate.sample_prompts else None
         made = programs.of_many(run, self.study.lanes) if many else programs.of_one(run)
         shape = _largest_shape(run.config, bundle.peers, pairs) if many else None
