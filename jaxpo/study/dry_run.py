@@ -18,6 +18,7 @@ from jaxpo.plan.program import example_batch, example_pair
 from jaxpo.study import records
 from jaxpo.study.bundles import Bundle
 from jaxpo.study.design import Cell, Study
+from jaxpo.study.evidence import words_of
 from jaxpo.study.workshop import Workshop
 
 _SIDE = 2048  # of the matrices whose product says how fast this device is
@@ -78,8 +79,7 @@ def _said(one: Estimate, hours: float | None) -> tuple[str, str, str]:
 def _by_setting(bundles: Sequence[Bundle]) -> dict[tuple[str, str], list[Cell]]:
     found: dict[tuple[str, str], list[Cell]] = {}
     for cell in (cell for bundle in bundles for cell in bundle.cells):
-        setting = ', '.join(f'{name.rsplit(".", 1)[-1]} {value:g}' for name, value in cell.setting.items())
-        found.setdefault((cell.method, setting), []).append(cell)
+        found.setdefault((cell.method, words_of(cell.setting)), []).append(cell)
     return found
 
 
