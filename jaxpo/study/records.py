@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxpo.study.design import Cell, Study, settings_of
 from jaxpo.study.measures import PairNumbers
 
 FINISHED, DIVERGED, ERROR = STATES = ('finished', 'diverged', 'error')
+_PART = '.part-'  # in front of the names of files that are being written
 Line = dict[str, Any]
 
 
@@ -102,9 +104,11 @@ def check(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
 
     A design is not changed once cells have run: its cells stay, and so do its rules.
     """
+    # Listed before the design is looked for: another worker may be writing it just now.
+    there = any(not path.name.startswith(_PART) for path in root.iterdir()) if root.exists() else False
     old = _held(root)
     if old is None:
-        if root.exists() and any(root.iterdir()):
+        if there:
             raise InputError(f'output: {root} is not empty and holds no study. Name a new directory.')
         return
     old, new = old['design'], design_of(study, cells)
@@ -128,13 +132,13 @@ def claim(root: storage.Path, study: Study, cells: Sequence[Cell]) -> None:
     check(root, study, cells)
     held, new = _held(root), design_of(study, cells)
     if held is None:
-        storage.write_text(root / 'study.json', _pretty({'design': new, 'extensions': []}))
+        _write(root / 'study.json', _pretty({'design': new, 'extensions': []}))
     elif held['design'] != new:
         before = {cell['id'] for cell in held['design']['cells']}
         added = [cell['id'] for cell in new['cells'] if cell['id'] not in before]
         extension = {'cells_added': added, 'cells_done_before': len(states(root))}
         extensions = [*held['extensions'], extension] if added else held['extensions']
-        storage.write_text(root / 'study.json', _pretty({'design': new, 'extensions': extensions}))
+        _write(root / 'study.json', _pretty({'design': new, 'extensions': extensions}))
 
 
 def _held(root: storage.Path) -> dict[str, Any] | None:
@@ -166,13 +170,23 @@ def write(root: storage.Path, cell: Cell, outcome: Outcome, versions: Mapping[st
         'versions': dict(versions),
         'config': dataclasses.asdict(cell.config),
     }
-    storage.write_text(directory / 'run.json', _pretty(run))
-    storage.write_text(directory / 'metrics.jsonl', _jsonl(outcome.lines))
-    storage.write_text(directory / 'pairs.jsonl', _jsonl(_pair_lines(outcome.pairs)))
+    _write(directory / 'run.json', _pretty(run))
+    _write(directory / 'metrics.jsonl', _jsonl(outcome.lines))
+    _write(directory / 'pairs.jsonl', _jsonl(_pair_lines(outcome.pairs)))
     _write_tensorboard(directory / 'tensorboard', cell, outcome)
     for state in STATES:
         (root / 'done' / f'{cell.id}.{state}').unlink(missing_ok=True)
     storage.write_text(root / 'done' / f'{cell.id}.{outcome.state}', '')
+
+
+def _write(file: storage.Path, text: str) -> None:
+    """Writes a file that others may be reading: it is there whole, as it was or as it is. So is an object always."""
+    if storage.is_remote(file):
+        storage.write_text(file, text)
+        return
+    part = file.with_name(f'{_PART}{uuid.uuid4().hex}')
+    storage.write_text(part, text)
+    part.replace(file)
 
 
 def _pair_lines(pairs: Mapping[str, PairNumbers]) -> Iterable[Line]:
