@@ -34,6 +34,12 @@ def figures(findings: Findings) -> dict[str, str]:
     }
 
 
+def alone(findings: Findings) -> dict[str, str]:
+    """The charts that are drawn, each as a file of its own; heat maps and losses, one a method, stay in the page."""
+    drawn = {name: drawing for name, drawing in figures(findings).items() if drawing.startswith('<svg')}
+    return {name: standalone(drawing) for name, drawing in drawn.items() if not name.startswith(('grid-', 'loss-'))}
+
+
 def standalone(drawing: str) -> str:
     """A drawing with its colours, to be kept as a file of its own; a sentence in a chart's place stays as it is."""
     sheet = svg.element('style', style_sheet() + 'svg{background:var(--paper)}')

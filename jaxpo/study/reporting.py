@@ -8,14 +8,14 @@ from rich.markup import escape
 
 from jaxpo import storage
 from jaxpo.console import table
-from jaxpo.study import exports, latex, page
+from jaxpo.study import exports, figures, latex, page
 from jaxpo.study.analysis import analyse
 from jaxpo.study.findings import Findings, LeaderboardRow
 from jaxpo.study.wording import figure, share, signed
 
 DESCRIPTION = """\
 Write the report of a study into its directory: report/report.html, which needs nothing beside it, and the same numbers
-as findings.json, CSV tables and LaTeX (tables.tex). A study that is not finished is reported as far as it has come.
+as findings.json, CSV tables, LaTeX (tables.tex) and figures (SVG). A study that is not finished is reported as far as it has come.
 The same files make the same report, to the byte.
 """
 
@@ -43,7 +43,8 @@ def report(arguments: Sequence[str]) -> int:
     _print(found)
     out = Console(highlight=False, soft_wrap=True)
     out.print(f'report     {escape(str(directory / "report.html"))}')
-    out.print(f'and        findings.json, tables.tex, {sum(name.endswith(".csv") for name in files)} CSV tables')
+    tables, drawings = (sum(name.endswith(kind) for name in files) for kind in ('.csv', '.svg'))
+    out.print(f'and        findings.json, tables.tex, {tables} CSV tables, {drawings} figures')
     return 0
 
 
@@ -55,12 +56,20 @@ def files_of(found: Findings) -> dict[str, str]:
         'findings.json': exports.to_json(found),
         'tables.tex': latex.to_latex(found),
         **tables,
+        **{f'figures/{name}.svg': drawing for name, drawing in figures.alone(found).items()},
     }
 
 
 def _print(found: Findings) -> None:
     design = found.design
-    header = ('method', 'setting', design.metric, f'difference [{share(design.confidence)}]', 'p (Holm)', 'verdict')
+    header = (
+        'method',
+        'setting',
+        escape(design.metric),
+        f'difference {escape(f"[{share(design.confidence)}]")}',
+        'p (Holm)',
+        'verdict',
+    )
     rows = [_row(row) for row in (*found.leaderboard.rows, found.against_itself.row)]
     # Not the console of runs: it asks JAX for its devices, which this process leaves alone.
     out = Console(highlight=False, soft_wrap=True)
