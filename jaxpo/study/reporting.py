@@ -15,8 +15,8 @@ from jaxpo.study.wording import figure, share, signed
 
 DESCRIPTION = """\
 Write the report of a study into its directory: report/report.html, which needs nothing beside it, and the same numbers
-as findings.json, CSV tables, LaTeX (tables.tex) and figures (SVG). A study that is not finished is reported as far as it has come.
-The same files make the same report, to the byte.
+as findings.json, CSV tables, LaTeX (tables.tex) and figures (SVG). A study that is not finished is reported as far as
+it has come. The same files make the same report, to the byte.
 """
 
 

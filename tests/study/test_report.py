@@ -7,6 +7,7 @@ import sys
 import pytest
 from study import made_up
 
+from jaxpo import cli
 from jaxpo.errors import InputError
 from jaxpo.study.reporting import report
 
@@ -25,14 +26,15 @@ def study(tmp_path_factory):
 
 
 def files(root):
-    return {path.name: path.read_bytes() for path in sorted((root / 'report').iterdir())}
+    folder = root / 'report'
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
 def test_the_report_is_the_same_to_the_byte_however_it_is_made(study, tmp_path, capsys):
     root, made = study
     assert report([str(root)]) == 0
     first = files(root)
-    assert {'report.html', 'findings.json', 'tables.tex', 'leaderboard.csv'} < set(first)
+    assert {'report.html', 'findings.json', 'tables.tex', 'leaderboard.csv', 'figures/leaderboard.svg'} < set(first)
     said = capsys.readouterr().out
     assert 'good' in said and 'better' in said and 'report.html' in said.replace('\n', '')
     report([str(root)])
@@ -75,9 +77,11 @@ def test_half_a_study_has_a_report_that_says_so(study, tmp_path, capsys):
     assert b'not ended' in files(root)['report.html']
 
 
-def test_what_is_no_study_is_refused(tmp_path):
+def test_what_is_no_study_is_refused(tmp_path, capsys):
     with pytest.raises(InputError, match='holds no study'):
         report([str(tmp_path / 'nowhere')])
+    assert cli.main(['report', str(tmp_path)]) == 2
+    assert 'holds no study' in capsys.readouterr().err and not (tmp_path / 'report').exists()
 
 
 def test_help_needs_no_study(capsys):
