@@ -301,10 +301,10 @@ def test_the_design_is_what_was_said_before(found):
 
 
 def test_rewards_are_compared_at_the_kl_that_all_reached(tmp_path):
-    """Reward is a line in KL whose slope is the score; `bad` goes half as far as the others."""
+    """Reward is a line in KL whose slope is the score; `bad` goes less far than the others."""
 
     def outcome(cell, found):
-        reach, kls = 1.0 if cell.method == 'bad' else 2.0, (0.0, 0.5, 1.0)
+        reach, kls = 0.8 if cell.method == 'bad' else 2.0, (0.0, 0.5, 1.0)
         lines = [
             {'step': step, 'split': split, 'kl': part * reach, 'reward': part * reach * score, 'score': score}
             for split, score in found.items()
@@ -319,7 +319,7 @@ def test_rewards_are_compared_at_the_kl_that_all_reached(tmp_path):
     made = made_up.study(('dpo', 'good', 'bad'), seeds=(0, 1, 2), rates=(0.1,))
     root = made_up.write(tmp_path / 'study', made, slopes, outcome=outcome)
     frontier = analyse(root).frontier
-    assert [at.kl for at in frontier.matched] == [0.25, 0.5, 1.0, 2.0]
+    assert [at.kl for at in frontier.matched] == pytest.approx([0.2, 0.4, 0.8, 2.0])
     by_seed = np.array([0.0, 0.01, 0.04])
     for at in frontier.matched:
         rows = {row.method: row for row in at.rows}
@@ -330,9 +330,9 @@ def test_rewards_are_compared_at_the_kl_that_all_reached(tmp_path):
             assert rows['bad'].against_baseline.difference == pytest.approx(-0.5 * at.kl, rel=1e-9)
         else:
             assert (rows['bad'].reward, rows['bad'].note, rows['bad'].n) == (None, 'not reached', 0)
-    assert (frontier.area_from, frontier.area_up_to) == (0.0, 1.0)
+    assert (frontier.area_from, frontier.area_up_to) == (0.0, 0.8)
     areas = {method.method: method.area for method in frontier.methods}
-    assert areas['good'] == pytest.approx((2.0 + by_seed.mean()) / 2, rel=1e-12)
+    assert areas['good'] == pytest.approx(0.4 * (2.0 + by_seed.mean()), rel=1e-12)
     front = next(method.front for method in frontier.methods if method.method == 'dpo')
     assert [point.kl for point in front] == [0.0, 1.0, 2.0] and len(frontier.methods) == 4
     assert len(frontier.methods[0].points) == 9
