@@ -10,6 +10,7 @@ Everything is float64 where it is called under `jax.enable_x64(True)`, which all
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal, NamedTuple
 
@@ -68,6 +69,7 @@ class Pairs(NamedTuple):
     rejected: jax.Array  # [M] int
 
 
+@functools.lru_cache(maxsize=8)
 def make_world(environment: Environment) -> World:
     """The world of these settings. InputError for one that has nothing to compare."""
     for name in ('prompts', 'vocabulary', 'longest'):
@@ -107,7 +109,7 @@ def _completions(size: int, longest: int) -> tuple[np.ndarray, np.ndarray, np.nd
 def log_policy(world: World, logits: jax.Array) -> jax.Array:
     """Log-probability of every completion `[..., X, Y]` under tables `[..., X, N, V]`, nats."""
     by_token = jax.nn.log_softmax(logits, axis=-1)[..., world.node, world.tokens]
-    return (by_token * world.weights).sum(axis=-1)
+    return jnp.einsum('...yt,yt->...y', by_token, world.weights)
 
 
 def token_statistics(logits: jax.Array, reference_logits: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
@@ -133,7 +135,9 @@ def sides(world: World, objective: Objective, logits: jax.Array, pairs: Pairs) -
         entropies = [token_statistics(table, table, ('entropy',))['entropy'].reshape(shape) for table in references]
         by_reference['reference_entropy'] = jnp.stack(entropies)
     of_policy = {name: found[0][name].reshape(shape) for name in own if name not in between}
-    policy_logps, reference_logps = (jax.nn.log_softmax(table, axis=-1) for table in (logits, references))
+    # At once, so that equal tables have equal logs, to the last digit.
+    policy_logps, *reference_logps = jax.nn.log_softmax(jnp.stack([logits, *references]), axis=-1)
+    reference_logps = jnp.stack(reference_logps)
     only = len(objective.references) == 1
 
     def side(completion):
@@ -234,6 +238,6 @@ def measure(world: World, log_pi: jax.Array, beta: jax.Array) -> dict[str, jax.A
         'gap': frontier - reward,
         'optimum_kl': (pi * (log_pi - log_best)).sum(axis=-1).mean(),
         'total_variation': jnp.abs(pi - jnp.exp(log_best)).sum(axis=-1).mean() / 2,
-        'length': (pi * world.weights.sum(axis=-1)).sum(axis=-1).mean(),
+        'length': (pi @ jnp.asarray(world.weights).sum(axis=-1)).mean(),
         'entropy': -(pi * log_pi).sum(axis=-1).mean(),
     }

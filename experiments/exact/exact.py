@@ -101,12 +101,12 @@ def run_cells(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
     return training.run_cells(cells)
 
 
-def optima(only: Sequence[str] = ()) -> Iterator[tuple[str, float | None, dict[str, float] | str]]:
+def optima(only: Sequence[str], settings) -> Iterator[tuple[str, float | None, dict[str, float] | str]]:
     """Method, strength, and what is exactly true of the policy it ends up with; or why it has no such policy.
 
-    `own_kl` is KL(policy || best policy at the price of a nat that is the method's own beta), of those that have one.
+    `optimum_kl` is from the best policy at the method's own price of a nat, where its strength is a `beta` or `alpha`.
     """
-    world = environment.make_world(environment.Environment())
+    world = environment.make_world(settings)
     for name, method in trials()[0].items():
         if only and name not in only:
             continue
@@ -140,11 +140,11 @@ def _optima_of(world, name: str, objective: objectives.Objective, field: str, va
 COLUMNS = ('reward', 'kl', 'gap', 'share', 'length', 'optimum_kl', 'gradient')
 
 
-def optima_table(only: Sequence[str] = ()) -> Iterator[str]:
+def optima_table(only: Sequence[str], settings) -> Iterator[str]:
     """Lines of a Markdown table: a row for each method and strength."""
     yield f'| method | strength | {" | ".join(COLUMNS)} |'
     yield '|---' * (len(COLUMNS) + 2) + '|'
-    for name, value, found in optima(only):
+    for name, value, found in optima(only, settings):
         if isinstance(found, str):
             yield f'| {name} | | {found} |' + ' |' * (len(COLUMNS) - 1)
             continue
@@ -160,7 +160,8 @@ def main() -> int:
     parser.add_argument('--optima', action='store_true', required=True, help='print the table')
     parser.add_argument('--only', default='', help='methods by name, separated by commas')
     given = parser.parse_args()
-    for line in optima_table([name for name in given.only.split(',') if name]):
+    only = [name for name in given.only.split(',') if name]
+    for line in optima_table(only, environment.Environment()):
         print(line, flush=True)
     return 0
 

@@ -55,12 +55,9 @@ def drawn(count: int, held_out: int, world: environment.World, seed: int) -> Dat
     splits = [environment.draw(world, key, held_out) for key in of_splits]
     pairs = jax.tree.map(lambda *parts: jnp.stack(parts), *splits)
     lengths = jnp.asarray(world.weights).sum(axis=-1).astype(int)
-    log_start = environment.log_policy(world, jnp.asarray(world.references[REFERENCES[0]]))
     facts = {
         'pair': jnp.broadcast_to(jnp.arange(held_out), pairs.prompt.shape),
         'prompt': pairs.prompt,
-        'chosen_start_logps': log_start[pairs.prompt, pairs.chosen],
-        'rejected_start_logps': log_start[pairs.prompt, pairs.rejected],
         'chosen_tokens': lengths[pairs.chosen],
         'rejected_tokens': lengths[pairs.rejected],
     }

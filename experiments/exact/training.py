@@ -25,6 +25,7 @@ environment, program = (
     import_module(str(pathlib.Path(__file__).parent / f'{name}.py')) for name in ('environment', 'program')
 )
 Environment, REFERENCES = environment.Environment, environment.REFERENCES
+SIDES = ('chosen', 'rejected')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,7 @@ def _run(cells: Sequence[Cell]) -> list[Outcome]:
 
 def check(config: Exact) -> None:
     """InputError for a config that cannot be trained here."""
+    environment.make_world(config.environment)
     objective = objectives.make(config.objective, config.references)
     for term in objective.terms:
         why = excluded(term.loss, dict(term.choices))
@@ -179,8 +181,7 @@ def _outcome(config: Exact, one: program.Trained, measured, facts: dict[str, np.
     numbers = {}
     for place, step in enumerate(evaluated):
         for number, split in enumerate(program.SPLITS):
-            of_policy = {name: values[number, place] for name, values in one.held_out.items()}
-            numbers[split] = PairNumbers(**of_policy, **{name: values[number] for name, values in facts.items()})
+            numbers[split] = _numbers(*jax.tree.map(lambda x, n=number: x[n], (one.held_out, facts)), place)
             of_samples = {name: float(values[place]) for name, values in measured[split].items()}
             lines.append({'step': step, 'split': split, **metrics_of(numbers[split]), **of_samples})
     sound = [line for line in lines if all(isinstance(value, str) or math.isfinite(value) for value in line.values())]
@@ -188,3 +189,21 @@ def _outcome(config: Exact, one: program.Trained, measured, facts: dict[str, np.
         error = f'loss, gradient or policy not finite by step {min(ended + 1, train.steps)}'
         return Outcome(DIVERGED, sound, {}, compute, error)
     return Outcome(FINISHED, lines, numbers, compute)
+
+
+def _numbers(of_policies: dict[str, np.ndarray], facts: dict[str, np.ndarray], place: int) -> PairNumbers:
+    """Those of one split at one evaluation; the first evaluation is the start's."""
+    found = {name: _rounded(values[place]) for name, values in of_policies.items()}
+    for side in SIDES:
+        logps = of_policies[f'{side}_logps']
+        found[f'{side}_start_logps'] = _rounded(logps[0])
+        found[f'{side}_logps'] = _rounded(logps[0]) + _rounded(logps[place] - logps[0])
+    return PairNumbers(**found, **facts)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To a multiple of 2^-30, of which sums and differences are exact.
+
+    Here many pairs tie: two completions that no training pair tells apart. A last digit would decide for one of them.
+    """
+    return np.round(values * 2**30) / 2**30
