@@ -129,7 +129,7 @@ def _headline(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
     if not others:
         return f'{start}{design["baseline"]} alone was studied: there is nothing to compare it with.'
     if not any(row.against_baseline.p is not None for row in others):
-        return f'{start}No method can be compared with {design["baseline"]} yet: that takes two seeds of both.'
+        return f'{start}No method can be compared with {design["baseline"]}: that takes two finished seeds of both.'
     said = []
     for verdict in (BETTER, WORSE):
         found = claimed(rows, verdict)
@@ -164,7 +164,7 @@ def _caption(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
 def _again_caption(evidence: Evidence, row: LeaderboardRow, tested: int, excluding: int, expected: float) -> str:
     name, comparison = evidence.design['baseline'], row.against_baseline
     if comparison.p is None:
-        text = f'{name} has not been compared with itself yet: that takes two seeds of both arms.'
+        text = f'{name} cannot be compared with itself: that takes two finished seeds of both arms.'
     else:
         claim = comparison.verdict != NO_CLAIM
         text = (

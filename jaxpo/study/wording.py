@@ -9,7 +9,7 @@ def figure(value: float | None, digits: int = 3) -> str:
     """A number at a readable precision; a dash where there is none."""
     if value is None:
         return '–'
-    return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.{digits}g}'
+    return f'{value:,.0f}' if 1000 <= abs(value) < 1e7 else f'{value:.{digits}g}'
 
 
 def signed(value: float | None, digits: int = 3) -> str:
