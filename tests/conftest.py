@@ -1,9 +1,16 @@
 """Strict JAX for every test: 8 virtual CPU devices, no silent broadcasting of ranks."""
 
 import os
+import tempfile
+
+# A run that is stopped and goes on, here or in a process of its own, compiles the programs of the first again.
+PROGRAMS = tempfile.TemporaryDirectory(prefix='programs-', ignore_cleanup_errors=True)
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = PROGRAMS.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import jax
 import pytest
@@ -34,6 +41,16 @@ def compiled_quickly():
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture
+def compiled_as_usual(compiled_quickly):
+    """For a test about optimised programs in such a module."""
+    jax.clear_caches()
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.clear_caches()
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.attention import Keys, attend, rotary, rotate, visible
 from jaxpo.models.decoder import ACTIVATIONS, Decoder
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ROWS, TOKENS = 8, 12
 EXACT = {'atol': 2e-5, 'rtol': 2e-5}
 

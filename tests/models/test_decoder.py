@@ -18,6 +18,8 @@ from jaxpo.models.cache import empty_cache
 from jaxpo.models.decoder import Decoder, abstract_params, head_weight, init_params
 from jaxpo.sharding import ROWS
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 # Together: rotary scaling, a window everywhere or in some layers, normed queries, biases, post-norms, soft-caps.
 FAMILIES = ('llama3', 'qwen3-windowed', 'gemma2')
 EXACT = {'atol': 2e-5, 'rtol': 2e-5}

@@ -20,6 +20,8 @@ from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.cache import empty_cache
 from jaxpo.models.decoder import Decoder, abstract_params
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 ALL = tuple(lora.BLOCKS)
 SETTINGS = lora.Lora(rank=3, scale=0.7, targets=ALL, zero='a')
 # Together: rotary scaling, a window in some layers, normed queries, biases, post-norms, soft-caps.
@@ -80,7 +82,7 @@ def test_a_fresh_adapter_changes_no_bit(name, dtype):
 
 
 @pytest.mark.parametrize('name', ['llama', 'gemma2'])
-def test_a_fresh_adapter_changes_no_bit_as_usually_compiled(name):
+def test_a_fresh_adapter_changes_no_bit_as_usually_compiled(compiled_as_usual, name):
     base, place = loud_params(CONFIGS[name]), plain_rows(name, 2, 16)
     adapted = hidden_of(decoder_of(name, lora=SETTINGS), lora.combined(base, fresh_adapter(name)), *place)
     np.testing.assert_array_equal(adapted, hidden_of(decoder_of(name), base, *place))
