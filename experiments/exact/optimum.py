@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxpo import objective as objectives
 from jaxpo.errors import InputError
@@ -21,7 +22,8 @@ from jaxpo.objective import Objective
 environment = import_module(str(pathlib.Path(__file__).parent / 'environment.py'))
 
 SMALL = 1e-10  # largest entry of the gradient at an optimum
-_LONGEST, _STEPS = 1e12, 400  # of time, and their number
+_ADAM_STEPS, _LARGEST_RATE = 1500, 0.1
+_LONGEST, _STEPS = 1e12, 200  # implicit steps: of time, and their number
 
 
 class Population(NamedTuple):
@@ -62,11 +64,10 @@ class Found(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def solve(objective: Objective, world: environment.World, all_pairs: Population, hyperparameters) -> Found:
-    """Follows the expected gradient from the first reference until it is 0, in few long implicit steps.
+    """Follows the expected gradient from the first reference: Adam's shrinking steps, then Newton's to a gradient of 0.
 
-    d(logits)/dt = -gradient is what training with small steps does; a step of length t solves (1/t + J) d = -gradient
-    with the exact Jacobian J, and t grows as the gradient shrinks, until the steps are Newton's. Prompts are apart:
-    each has a table of its own. Where no policy is an optimum (a loss that falls without end), it stops on the way.
+    Where these find no such point (a loss that falls without end, or one with kinks, whose least value has a gradient
+    on either side), the policy is where Adam ended. Prompts are apart: each has a table of its own.
     """
     start = jnp.asarray(world.references[environment.REFERENCES[0]])
     lengths = jnp.asarray(world.weights).sum(axis=-1)
@@ -82,15 +83,35 @@ def solve(objective: Objective, world: environment.World, all_pairs: Population,
             sides = environment.sides(here, objective, flat.reshape(1, *start.shape[1:]), pairs)
             return objectives.evaluate(objective, hyperparameters, *sides, probability, counts)[0]
 
-        return _rest(jax.grad(loss), start[prompt].reshape(-1))
+        descended = _descended(jax.grad(loss), start[prompt].reshape(-1))
+        there, gradient, steps = _rest(jax.grad(loss), descended)
+        slope = jnp.abs(jax.grad(loss)(descended)).max()
+        at_rest = gradient <= SMALL
+        return jnp.where(at_rest, there, descended), jnp.where(at_rest, gradient, slope), steps
 
     references = {name: jnp.asarray(table) for name, table in world.references.items()}
     flat, gradient, steps = jax.vmap(of_prompt)(jnp.arange(len(start)), *all_pairs)
     return Found(flat.reshape(start.shape), gradient.max(), steps)
 
 
+def _descended(gradient_of, flat):
+    """Where Adam ends, whose steps fall to 0: it follows no gradient to a point that small changes would leave."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(_LARGEST_RATE, _ADAM_STEPS))
+
+    def step(_, carry):
+        flat, state = carry
+        updates, state = optimizer.update(gradient_of(flat), state)
+        return optax.apply_updates(flat, updates), state
+
+    return jax.lax.fori_loop(0, _ADAM_STEPS, step, (flat, optimizer.init(flat)))[0]
+
+
 def _rest(gradient_of, flat):
-    """Where the gradient is 0, its largest entry there, and the steps taken."""
+    """Where the gradient is 0, its largest entry there, and the steps taken.
+
+    An implicit step of d(flat)/dt = -gradient, of length t, solves (1/t + J) d = -gradient with the exact Jacobian J; t
+    grows as the gradient shrinks, until steps are Newton's.
+    """
 
     def norm(gradient):
         return jnp.abs(gradient).max()
