@@ -50,7 +50,13 @@ def to_csv(table: Table) -> str:
 def tables(found: Findings) -> dict[str, Table]:
     """Name -> table. One that the study has no rows for is left out."""
     kinds = {name: (kind, list(rows)) for name, kind, rows in _sources(found)}
-    return {name: _table(kind, rows) for name, (kind, rows) in kinds.items() if rows}
+    return {'facts': _facts(found)} | {name: _table(kind, rows) for name, (kind, rows) in kinds.items() if rows}
+
+
+def _facts(found: Findings) -> Table:
+    """What there is one of, by its place in the findings."""
+    facts = (('.'.join(path), _value(found, path)) for path in _columns(Findings))
+    return Table(('name', 'value'), tuple(fact for fact in facts if fact[1] is not None))
 
 
 def _sources(found: Findings) -> Iterator[tuple[str, type, Iterable[Keyed]]]:

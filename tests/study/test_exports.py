@@ -62,7 +62,7 @@ def test_every_number_of_every_csv_is_in_the_json(found):
     for name, table in tables.items():
         header, *rows = csv.reader(io.StringIO(exports.to_csv(table)))
         assert rows and {len(row) for row in rows} == {len(header)} and len({*header}) == len(header), name
-        of_words = {'setting', 'id', 'value', 'row.setting'} - ({'value'} if name == 'best_of' else set())
+        of_words = {'setting', 'id', 'row.setting'} | ({'value'} if name == 'versions' else set())
         for row in rows:
             for column, value in zip(header, row):
                 if NUMBER.fullmatch(value) and column not in of_words and column != 'k':
@@ -77,6 +77,15 @@ def test_the_leaderboard_of_the_csv_is_that_of_the_findings(found):
         compared = row.against_baseline
         assert written['against_baseline.low'] == ('' if compared is None else repr(compared.low))
         assert written['against_baseline.verdict'] == ('' if compared is None else compared.verdict)
+
+
+def test_what_there_is_one_of_is_a_table_too(found):
+    facts = dict(exports.tables(found)['facts'].rows)
+    assert facts['design.confidence'] == 0.95 and facts['robustness.start'] == found.robustness.start
+    assert facts['length.chosen_tokens'] == found.length.chosen_tokens
+    assert facts['frontier.area_up_to'] == found.frontier.area_up_to
+    assert facts['provenance.cells_sha256'] == found.provenance.cells_sha256
+    assert facts['against_itself.excluding_zero'] == found.against_itself.excluding_zero
 
 
 def latex_rows(text, label):
