@@ -50,14 +50,14 @@ def bundles(study: Study, cells: Sequence[Cell], devices: int) -> list[Bundle]:
             at_once = -(-at_once // devices) * devices
         for start in range(0, len(members), at_once):
             part = tuple(members[start : start + at_once])
-            found.append(Bundle(_name(part), part, at_once, f'{kind}-{at_once}', tuple(members), whole, mixed))
+            found.append(Bundle(name_of(part), part, at_once, f'{kind}-{at_once}', tuple(members), whole, mixed))
     return found
 
 
 def single(bundle: Bundle) -> list[Bundle]:
     """Its cells one by one."""
     return [
-        dataclasses.replace(bundle, name=_name((cell,)), cells=(cell,), at_once=1, kind=f'{bundle.kind}-1')
+        dataclasses.replace(bundle, name=name_of((cell,)), cells=(cell,), at_once=1, kind=f'{bundle.kind}-1')
         for cell in bundle.cells
     ]
 
@@ -67,11 +67,11 @@ def plain_bundles(cells: Sequence[Cell]) -> list[Bundle]:
     members = collections.defaultdict(list)
     for cell in cells:
         members[cell.method].append(cell)
-    return [Bundle(_name(part), tuple(part), len(part), method, tuple(part)) for method, part in members.items()]
+    return [Bundle(name_of(part), tuple(part), len(part), method, tuple(part)) for method, part in members.items()]
 
 
-def _name(cells: Sequence[Cell]) -> str:
-    """Of the lease of these cells."""
+def name_of(cells: Sequence[Cell]) -> str:
+    """Of these cells together: of their lease, and of what is kept of them in training."""
     return hashlib.sha256(' '.join(cell.id for cell in cells).encode()).hexdigest()[:12]
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpo import evaluate, loading, sharding, weighing
+from jaxpo import evaluate, loading, sharding, storage, weighing
 from jaxpo.data import rows
 from jaxpo.run import Run
 from jaxpo.state import TrainState
-from jaxpo.study import heldout, programs
-from jaxpo.study.bundles import Bundle
+from jaxpo.study import heldout, programs, unfinished
+from jaxpo.study.bundles import Bundle, name_of
 from jaxpo.study.design import Cell
 from jaxpo.study.measures import metrics_of
 from jaxpo.study.records import Compute, Outcome
 from jaxpo.study.trainee import Trainee
+from jaxpo.study.unfinished import Unfinished
 from jaxpo.study.workshop import Shop, Workshop
 from jaxpo.types import Batch
 
@@ -33,32 +34,64 @@ def run_bundle(workshop: Workshop, bundle: Bundle, show: Callable[[int], None]) 
     started = time.monotonic()
     shop = workshop.shop(bundle)
     trainees = [Trainee(workshop, shop, bundle, cell) for cell in bundle.cells]
-    # A program has room for `at_once` cells: the last one fills what is left over.
-    filled = [trainees[min(place, len(trainees) - 1)] for place in range(bundle.at_once)]
-    state = _start(shop, filled) if bundle.at_once > 1 else _start_one(shop, trainees[0])
-    steps, settings = trainees[0].schedule.steps, shop.run.config.train
+    every = shop.run.config.train.checkpoint_every
+    with unfinished.kept(storage.path(workshop.study.base.output), name_of(bundle.cells), every) as kept:
+        state = _start(shop, _filled(bundle, trainees)) if bundle.at_once > 1 else _start_one(shop, trainees[0])
+        done, state, progress = kept.resumed(state)
+        for trainee, held in zip(trainees, progress):
+            trainee.go_on(held)
+        before = progress[0]['seconds'] if progress else 0.0
+        _train(shop, bundle, trainees, state, done, kept, lambda: before + time.monotonic() - started, show)
+        seconds = (before + time.monotonic() - started) / len(trainees)
+        devices = jax.device_count() if bundle.at_once > 1 else shop.run.mesh.size
+        for trainee in trainees:
+            compute = Compute(seconds, trainee.schedule.steps, trainee.tokens, devices, len(trainees))
+            yield trainee.cell, trainee.outcome(compute)
+
+
+def _filled(bundle: Bundle, trainees: Sequence[Trainee]) -> list[Trainee]:
+    """A program has room for `at_once` cells: the last one fills what is left over."""
+    return [trainees[min(place, len(trainees) - 1)] for place in range(bundle.at_once)]
+
+
+def _train(
+    shop: Shop,
+    bundle: Bundle,
+    trainees: Sequence[Trainee],
+    state: TrainState,
+    done: int,
+    kept: Unfinished,
+    seconds: Callable[[], float],
+    show: Callable[[int], None],
+) -> None:
+    """The loop: from step `done` to the last."""
+    filled, settings, steps = _filled(bundle, trainees), shop.run.config.train, trainees[0].schedule.steps
     judge = weighing.make_judge(trainees[0].run, shop.pairs.validation) if bundle.at_once == 1 else None
-    _evaluate(shop, filled, state, 0, steps)
+    if not done:
+        _evaluate(shop, filled, state, 0, steps)
     pending = None
-    for number in range(steps):
+    for number in range(done, steps):
         batch = _batch(shop, [trainee.schedule.pairs_of(number) for trainee in filled])
         before = judge.accuracy(state, number) if judge else None
         given = _stacked([trainee.settings(number) for trainee in filled])
         state, metrics = shop.programs.train(state, batch, given if bundle.at_once > 1 else _first(given))
         state = judge.credit(state, number, before) if judge else state
         _read(trainees, pending, settings.log_every)
-        pending = (number + 1, metrics)
-        due = settings.evaluate_every and (number + 1) % settings.evaluate_every == 0
-        if due or number + 1 == steps:
+        pending, last = (number + 1, metrics), number + 1 == steps
+        look = last or _due(number + 1, settings.evaluate_every)
+        keep = not last and _due(number + 1, settings.checkpoint_every)
+        if look or keep:
             _read(trainees, pending, settings.log_every)
             pending = None
+        if look:
             _evaluate(shop, filled, state, number + 1, steps)
+        if keep:
+            kept.save(number + 1, state, [trainee.so_far() | {'seconds': seconds()} for trainee in trainees])
         show(number + 1)
-    seconds = (time.monotonic() - started) / len(trainees)
-    devices = jax.device_count() if bundle.at_once > 1 else shop.run.mesh.size
-    for trainee in trainees:
-        compute = Compute(seconds, steps, trainee.tokens, devices, len(trainees))
-        yield trainee.cell, trainee.outcome(compute)
+
+
+def _due(number: int, every: int | None) -> bool:
+    return every is not None and number % every == 0
 
 
 def _batch(shop: Shop, indices: Sequence[np.ndarray]) -> Batch:

@@ -59,6 +59,17 @@ class Trainee:
         if not self.error:
             self.lines.append({'step': number, 'split': split, **metrics})
 
+    def so_far(self) -> dict[str, Any]:
+        """What was found of it until now, as JSON has it."""
+        starts = {split: {k: v.tolist() for k, v in vars(numbers).items()} for split, numbers in self.starts.items()}
+        return {'lines': self.lines, 'starts': starts, 'tokens': self.tokens, 'error': self.error}
+
+    def go_on(self, held: dict[str, Any]) -> None:
+        """Takes over what `so_far` gave."""
+        self.lines, self.tokens, self.error = held['lines'], held['tokens'], held['error']
+        arrays = {split: {k: np.array(v) for k, v in numbers.items()} for split, numbers in held['starts'].items()}
+        self.starts = {split: PairNumbers(**numbers) for split, numbers in arrays.items()}
+
     def outcome(self, compute: Compute) -> Outcome:
         state = DIVERGED if self.error else FINISHED
         return Outcome(state, self.lines, {} if self.error else self.numbers, compute, self.error)
