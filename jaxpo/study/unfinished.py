@@ -17,6 +17,7 @@ from etils import epath
 
 from jaxpo import processes, storage
 from jaxpo.checkpoint import Checkpoints, open_checkpoints
+from jaxpo.console import console
 from jaxpo.state import TrainState
 from jaxpo.study.programs import SHARED
 
@@ -45,6 +46,7 @@ class Unfinished:
         done = processes.agree(self.checkpoints.latest()) or 0 if self.checkpoints is not None else 0
         if not done:
             return 0, state, []
+        console().print(f'Going on after step {done}.')
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state = self.checkpoints.restore(done, shapes, {name: getattr(state, name) for name in SHARED})
         text = processes.decide(lambda: (self.directory / f'{done}.json').read_text(encoding='utf-8'))
