@@ -107,10 +107,24 @@ def test_the_numbers_of_the_latex_are_those_of_the_findings(found):
             continue
         assert cells[2] == compared.verdict and cells[7] == signed(compared.difference, 4)
         assert cells[8] == f'[{signed(compared.low, 4)}, {signed(compared.high, 4)}]'
-        assert cells[10] == figure(compared.probability_better, 4)
+        adjusted = figure(compared.adjusted_p, 4).replace('–', '--')
+        assert cells[9:] == [adjusted, figure(compared.probability_better, 4), figure(compared.detectable, 4)]
     for at, matched in enumerate(found.frontier.matched, 1):
         for cells, row in zip(latex_rows(text, f'matched-{at}'), matched.rows):
             assert cells[3] == (figure(row.reward, 4) if row.reward is not None else '--')
+    for cells, row in zip(latex_rows(text, 'health'), found.health.rows):
+        spreads = (row.chosen_change, row.rejected_change, row.chosen_falling, row.margin, row.accuracy_train)
+        assert cells[1:6] == [figure(one.mean, 4) for one in spreads]
+    for cells, row in zip(latex_rows(text, 'length'), found.length.rows):
+        spreads = (row.correlation, row.accuracy, row.controlled_accuracy, row.sampled_before, row.sampled_after)
+        assert cells[1:] == [figure(one.mean, 4) for one in spreads]
+    for cells, row in zip(latex_rows(text, 'robustness'), found.robustness.rows):
+        assert cells[1:3] == [str(row.runs), str(row.failed)]
+        assert cells[3:5] == [
+            figure(value, 4).replace('–', '--') for value in (row.interquartile_mean, row.worst_quartile)
+        ]
+    for cells, row in zip(latex_rows(text, 'compute'), found.compute.rows):
+        assert cells[1:4] == [str(row.cells), f'{row.tokens:,}', figure(row.device_seconds, 4)]
     counts = {cells[0]: cells[1:] for cells in latex_rows(text, 'progress')}
     assert counts['ipo'] == ['6', '4', '2', '0', '0']
 
