@@ -118,6 +118,10 @@ def load(path: str, overrides: Sequence[str], options: argparse.Namespace) -> Pl
     base = tyro.cli(
         type(found.base), default=found.base, args=list(overrides), prog=f'jaxpo study {path}', config=config
     )
+    if base.objective != found.base.objective:
+        raise InputError(f'--objective has no effect: the objectives of a study are those of its methods, in {path}.')
+    if base.train.seed != found.base.train.seed:
+        raise InputError('--train.seed has no effect: a study has several, named by --seeds, as in --seeds 0,1,2.')
     changes: dict[str, Any] = {'base': base}
     if options.seeds is not None:
         changes['seeds'] = _seeds(options.seeds)

@@ -169,7 +169,9 @@ def _ended(bundle: Bundle, training: Training) -> Outcomes:
         for cell, outcome in training.train(bundle):
             done.add(cell.id)
             yield cell, outcome
-        return
+        if done == {cell.id for cell in bundle.cells}:
+            return
+        raise RuntimeError('what trains the cells said nothing of some of them')
     except (InputError, Interrupted):
         raise
     except Exception as error:
