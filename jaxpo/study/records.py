@@ -197,6 +197,8 @@ def _pair_lines(pairs: Mapping[str, PairNumbers]) -> Iterable[Line]:
 def _write_tensorboard(directory: storage.Path, cell: Cell, outcome: Outcome) -> None:
     """Scalars by step, and the cell's settings beside its last evaluation in the HParams view."""
     last: dict[str, float] = {}
+    for old in [*directory.glob('events*'), *directory.glob('*/events*')]:
+        old.unlink()  # of an attempt that failed or was killed: all would be shown twice
     with storage.grown_locally(directory) as (local, _), SummaryWriter(str(local)) as tensorboard:
         for line in outcome.lines:
             prefix = f'{line["split"]}/' if 'split' in line else ''
