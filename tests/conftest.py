@@ -3,14 +3,8 @@
 import os
 import tempfile
 
-# A run that is stopped and goes on, here or in a process of its own, compiles the programs of the first again.
-PROGRAMS = tempfile.TemporaryDirectory(prefix='programs-', ignore_cleanup_errors=True)
-
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = PROGRAMS.name
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
-os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
 
 import jax
 import pytest
@@ -18,6 +12,16 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+# A run that is stopped and goes on, here or in a process of its own, compiles the programs of the first again.
+PROGRAMS = tempfile.TemporaryDirectory(prefix='programs-', ignore_cleanup_errors=True)
+KEPT = {
+    'jax_compilation_cache_dir': PROGRAMS.name,
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+}
+for name, value in KEPT.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 LONGEST_FIRST = ('tests/plan/test_pins.py', 'tests/processes/test_two_processes.py')
 

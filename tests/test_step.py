@@ -19,6 +19,8 @@ from jaxpo.models.architecture import from_hugging_face
 from jaxpo.models.decoder import Decoder
 from jaxpo.types import Pair
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CONFIG = tiny_decoders.CONFIGS['llama'] | {'num_hidden_layers': 2}
 GEMMA = tiny_decoders.CONFIGS['gemma2'] | {'num_hidden_layers': 2}
 SPEC = {'dpo': {'beta': 0.5}, 'sft': {'weight': 0.1}}

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': '4',
     'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',  # that only the first of two would write
     'JAX_NUMPY_RANK_PROMOTION': 'raise',
     'PYTHONPATH': str(pathlib.Path(__file__).parent),
 }
