@@ -83,11 +83,7 @@ def solve(objective: Objective, world: environment.World, all_pairs: Population,
             sides = environment.sides(here, objective, flat.reshape(1, *start.shape[1:]), pairs)
             return objectives.evaluate(objective, hyperparameters, *sides, probability, counts)[0]
 
-        descended = _descended(jax.grad(loss), start[prompt].reshape(-1))
-        there, gradient, steps = _rest(jax.grad(loss), descended)
-        slope = jnp.abs(jax.grad(loss)(descended)).max()
-        at_rest = gradient <= SMALL
-        return jnp.where(at_rest, there, descended), jnp.where(at_rest, gradient, slope), steps
+        return _rest(jax.grad(loss), _descended(jax.grad(loss), start[prompt].reshape(-1)))
 
     references = {name: jnp.asarray(table) for name, table in world.references.items()}
     flat, gradient, steps = jax.vmap(of_prompt)(jnp.arange(len(start)), *all_pairs)
@@ -106,30 +102,33 @@ def _descended(gradient_of, flat):
     return jax.lax.fori_loop(0, _ADAM_STEPS, step, (flat, optimizer.init(flat)))[0]
 
 
-def _rest(gradient_of, flat):
-    """Where the gradient is 0, its largest entry there, and the steps taken.
+def _rest(gradient_of, start):
+    """A point near `start` where the gradient is 0, or `start`; the largest entry of its gradient, and steps taken.
 
     An implicit step of d(flat)/dt = -gradient, of length t, solves (1/t + J) d = -gradient with the exact Jacobian J; t
     grows as the gradient shrinks, until steps are Newton's.
     """
 
-    def norm(gradient):
-        return jnp.abs(gradient).max()
+    def at(flat):
+        jacobian, gradient = jax.jacfwd(lambda flat: (gradient_of(flat),) * 2, has_aux=True)(flat)
+        return flat, gradient, jacobian
 
     def goes_on(state):
-        _, gradient, _, step = state
-        return (norm(gradient) > SMALL / 100) & (step < _STEPS)
+        (_, gradient, _), _, step = state
+        return (jnp.abs(gradient).max() > SMALL / 100) & (step < _STEPS)
 
     def implicit_step(state):
-        flat, gradient, time, step = state
-        jacobian = jax.jacfwd(gradient_of)(flat)
-        there = flat - jnp.linalg.solve(jacobian + jnp.eye(flat.size) / time, gradient)
-        new = gradient_of(there)
-        ratio = norm(gradient) / norm(new)
+        here, time, step = state
+        flat, gradient, jacobian = here
+        there = at(flat - jnp.linalg.solve(jacobian + jnp.eye(flat.size) / time, gradient))
+        ratio = jnp.abs(gradient).max() / jnp.abs(there[1]).max()
         better = jnp.isfinite(ratio) & (ratio > 0.5)
         time = jnp.where(better, jnp.clip(2 * ratio, 0.5, 10.0), 0.1) * time
-        kept = (jnp.where(better, there, flat), jnp.where(better, new, gradient))
-        return *kept, jnp.minimum(time, _LONGEST), step + 1
+        kept = jax.tree.map(lambda new, old: jnp.where(better, new, old), there, here)
+        return kept, jnp.minimum(time, _LONGEST), step + 1
 
-    flat, gradient, _, steps = jax.lax.while_loop(goes_on, implicit_step, (flat, gradient_of(flat), 1.0, 0))
-    return flat, norm(gradient), steps
+    first = at(start)
+    (flat, gradient, _), _, steps = jax.lax.while_loop(goes_on, implicit_step, (first, 1.0, 0))
+    largest, at_first = jnp.abs(gradient).max(), jnp.abs(first[1]).max()
+    at_rest = largest <= SMALL
+    return jnp.where(at_rest, flat, start), jnp.where(at_rest, largest, at_first), steps
