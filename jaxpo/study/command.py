@@ -18,6 +18,7 @@ from jaxpo.experiment import Reward, import_module
 from jaxpo.study import dry_run, jobs, runner
 from jaxpo.study.bundles import Bundle, bundles, plain_bundles
 from jaxpo.study.design import Cell, Study, check, expand
+from jaxpo.study.leases import checked
 
 DESCRIPTION = """\
 Compare methods: every method, setting and seed of the experiment's get_study() is trained once, measured by one rule,
@@ -65,7 +66,7 @@ def study(arguments: Sequence[str]) -> int:
     if known.dry_run:
         dry_run.show(plan.root, plan.study, plan.path, plan.reward, plan.bundles(), own=plan.run_cells is not None)
         return 0
-    worker = known.worker or f'{socket.gethostname().split(".")[0][:50]}-{os.getpid()}'
+    worker = checked(known.worker or f'{socket.gethostname().split(".")[0][:50]}-{os.getpid()}', 'worker')
     return runner.run(plan.root, plan.study, plan.cells, plan.bundles(), _training(plan), shard, worker, known.retry)
 
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpo import experiment, objective
+from jaxpo import experiment, losses, objective
 from jaxpo.config import Scalar
 from jaxpo.errors import InputError, unknown
 from jaxpo.study import statistics
@@ -137,6 +137,7 @@ def _cell(study: Study, name: str, method: Method, setting: Mapping[str, Scalar]
     config = dataclasses.replace(config, objective=objective.spelled_out(method.objective, references))
     for field, value in {**setting, SEED: seed}.items():
         config = replaced(config, field, value)
+    _check_numbers(config.objective)
     identity = identity_of(config)
     return Cell(
         identity,
@@ -146,6 +147,13 @@ def _cell(study: Study, name: str, method: Method, setting: Mapping[str, Scalar]
         seed,
         dataclasses.replace(config, output=f'{study.base.output.rstrip("/")}/cells/{identity}'),
     )
+
+
+def _check_numbers(spec: Mapping[str, Mapping[str, Scalar]]) -> None:
+    """InputError for a hyperparameter that a loss does not have, or a value that it cannot take."""
+    for name, given in spec.items():
+        if name != objective.MIXTURE:
+            losses.find(name).check({key: value for key, value in given.items() if key != 'weight'})
 
 
 def identity_of(config: Any) -> str:
