@@ -182,8 +182,8 @@ def _outcome(config: Exact, one: program.Trained, measured, facts: dict[str, np.
     for place, step in enumerate(evaluated):
         for number, split in enumerate(program.SPLITS):
             numbers[split] = _numbers(*jax.tree.map(lambda x, n=number: x[n], (one.held_out, facts)), place)
-            of_samples = {name: float(values[place]) for name, values in measured[split].items()}
-            lines.append({'step': step, 'split': split, **metrics_of(numbers[split]), **of_samples})
+            measures = {name: float(_rounded(values[place])) for name, values in measured[split].items()}
+            lines.append({'step': step, 'split': split, **metrics_of(numbers[split]), **measures})
     sound = [line for line in lines if all(isinstance(value, str) or math.isfinite(value) for value in line.values())]
     if ended < train.steps or len(sound) < len(lines):
         error = f'loss, gradient or policy not finite by step {min(ended + 1, train.steps)}'
@@ -204,6 +204,7 @@ def _numbers(of_policies: dict[str, np.ndarray], facts: dict[str, np.ndarray], p
 def _rounded(values: np.ndarray) -> np.ndarray:
     """To a multiple of 2^-30, of which sums and differences are exact.
 
-    Here many pairs tie: two completions that no training pair tells apart. A last digit would decide for one of them.
+    Here many pairs tie: two completions that no training pair tells apart. A last digit would decide for one of them,
+    and between two methods that are the same one under two names.
     """
     return np.round(values * 2**30) / 2**30

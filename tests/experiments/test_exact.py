@@ -257,6 +257,13 @@ def test_a_cell_alone_is_as_it_is_among_others(cells, outcomes):
             )
 
 
+def test_a_method_under_another_name_differs_by_exactly_nothing(cells, outcomes):
+    config = dataclasses.replace(cells[0].config, objective={'info_nca': {'beta': 0.03}})
+    ((_, same),) = exact.run_cells([dataclasses.replace(cells[0], config=config)])
+    for name in ('reward', 'kl', 'gap', 'log_ratios/accuracies', 'rewards/accuracies'):
+        np.testing.assert_array_equal(of_split(same, 'report', name), of_split(outcomes[0], 'report', name), name)
+
+
 def test_a_cell_that_diverges_says_so_and_leaves_the_others(outcomes, tmp_path, cells):
     assert [outcome.state for outcome in outcomes] == ['finished'] * (len(cells) - 1) + ['diverged']
     assert 'not finite' in outcomes[-1].error and not outcomes[-1].pairs
