@@ -125,6 +125,7 @@ def _first(tree: Any) -> Any:
 
 def _start_one(shop: Shop, trainee: Trainee) -> TrainState:
     start = loading.load_start(trainee.run, policy=shop.weights)
+    start = start.replace(**jax.device_put(_own_method(trainee), sharding.replicated(trainee.run.mesh)))
     start = start.replace(opt_state=shop.programs.start_optimizer(start.trained))
     return weighing.weigh(trainee.run, start, shop.pairs.validation)
 
@@ -140,14 +141,18 @@ def _start(shop: Shop, trainees: Sequence[Trainee]) -> TrainState:
 
 def _own_start(trainee: Trainee) -> dict[str, Any]:
     """What of a state at step 0 depends on the cell: its adapter, averages of it, and parts of its methods."""
-    run = trainee.run
-    whole_state, whole_params = loading.init_method(run)
-    own_state, own_params = loading.init_method(dataclasses.replace(run, objective=trainee.objective))
-    method = {'method_state': whole_state | own_state, 'method_params': whole_params | own_params}
+    run, method = trainee.run, _own_method(trainee)
     if not run.lora:
-        return jax.device_get(method)
-    adapter = loading.fresh_adapter(run)
-    return jax.device_get(method | {'params': adapter, 'average_params': dict.fromkeys(run.averages, adapter)})
+        return method
+    adapter = jax.device_get(loading.fresh_adapter(run))
+    return method | {'params': adapter, 'average_params': dict.fromkeys(run.averages, adapter)}
+
+
+def _own_method(trainee: Trainee) -> dict[str, Any]:
+    """Running state and trained parts of its own losses as they start alone, and of the others in its program."""
+    whole = loading.init_method(trainee.run)
+    own = loading.init_method(dataclasses.replace(trainee.run, objective=trainee.objective))
+    return jax.device_get({name: a | b for name, a, b in zip(('method_state', 'method_params'), whole, own)})
 
 
 def _evaluate(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: int, steps: int) -> None:
