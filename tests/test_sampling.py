@@ -15,6 +15,8 @@ from jaxpo.models.decoder import Decoder, head_weight
 from jaxpo.sampling import generate, nucleus
 from jaxpo.sharding import ROWS, make_mesh, parameter_shardings
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 CONFIG = CONFIGS['gemma2-untied']  # windows, post-norms and both soft-caps
 DECODER = Decoder(from_hugging_face(CONFIG))
 PARAMS = loud_params(CONFIG, seed=3)

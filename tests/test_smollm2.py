@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+MESH = Mesh(data=4, fsdp=2)
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared/data'
 
 
@@ -28,12 +29,17 @@ def prepare(folder, **sections):
     return run.prepare(Experiment(pathlib.Path('experiment.py'), config, None))
 
 
-def test_it_knows_the_capital_of_france(tmp_path):
+@pytest.fixture(scope='module')
+def params(tmp_path_factory):
+    prepared = prepare(tmp_path_factory.mktemp('params'), mesh=MESH)
+    return load_params(prepared.pretrained, loading.abstract_state(prepared)[1].params)
+
+
+def test_it_knows_the_capital_of_france(tmp_path, params):
     (tmp_path / 'prompts.txt').write_text('What is the capital of France?\n')
     settings = Sample(max_new_tokens=12, temperature=0.0, batch=8)
-    prepared = prepare(tmp_path, mesh=Mesh(data=4, fsdp=2), sample=settings)
+    prepared = prepare(tmp_path, mesh=MESH, sample=settings)
     prompts = read_prompts(str(tmp_path / 'prompts.txt'), prepared.config.data, prepared.tokenizer)
-    params = load_params(prepared.pretrained, loading.abstract_state(prepared)[1].params)
     ((generated,),) = evaluate.generate(prepared, params, prompts, 1, settings)
     described = evaluate.describe(prepared, prompts[0], generated, {})
     assert described.completion == 'The capital of France is Paris.'
@@ -42,7 +48,7 @@ def test_it_knows_the_capital_of_france(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason='needs the real pairs beside the repository')
 @pytest.mark.parametrize('file', ['persona.eval', 'truthfulqa.eval', 'hh_helpful.eval', 'gsm8k_solutions.eval'])
-def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path, file):
+def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path, params, file):
     golden = json.loads((SHARED / 'golden_logps_smollm2.json').read_text())['rows']
     golden = [row for row in golden if row['file'] == file]
     lines = (SHARED / f'ci/{file}.jsonl').read_text().splitlines()
@@ -50,10 +56,9 @@ def test_pairs_from_file_to_log_probabilities_as_transformers_has_them(tmp_path,
     (tmp_path / 'pairs.jsonl').write_text('\n'.join(known) + '\n')
 
     rows = Rows(lengths=(512,), microbatch=16)
-    prepared = prepare(tmp_path, data=Data(train=str(tmp_path / 'pairs.jsonl')), rows=rows, mesh=Mesh(data=4, fsdp=2))
+    prepared = prepare(tmp_path, data=Data(train=str(tmp_path / 'pairs.jsonl')), rows=rows, mesh=MESH)
     pairs = run.read_pairs(prepared).train
     assert len(pairs) == len(known)
-    params = load_params(prepared.pretrained, loading.abstract_state(prepared)[1].params)
     batch = run.make_batch(prepared, pairs)
     assert batch.tokens.shape[0] == 1
     batch = jax.tree.map(lambda array: array[0], batch)

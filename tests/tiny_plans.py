@@ -62,4 +62,5 @@ def write_module(folder: pathlib.Path, config: dict, devices: int, length: int =
 def jaxpo(*arguments, **environment) -> subprocess.CompletedProcess:
     """The command in a process of its own: planning decides what JAX runs on."""
     command = [sys.executable, '-m', 'jaxpo', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'COLUMNS': '120', **environment})
+    settings = {'COLUMNS': '120', 'JAX_ENABLE_COMPILATION_CACHE': 'false', **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)

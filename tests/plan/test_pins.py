@@ -13,11 +13,14 @@ for_gpus = pytest.mark.skipif(
     importlib.util.find_spec('jax_cuda12_plugin') is None,
     reason="JAX's CUDA plugin is not installed: pip install 'jaxpo[plan-gpu]'",
 )
+# At its least effort a compiler takes a third of the time: 8B on 256 chips then takes 2.40 GiB in place of 2.50 and on
+# 16 chips 10.9 in place of 11.6, with the same gathers and scatters. For tpu7x it breaks down at that.
+HURRIED = {'JAX_EXEC_TIME_OPTIMIZATION_EFFORT': '-1.0'}
 UNITS = {'KiB': 2**-20, 'MiB': 2**-10, 'GiB': 1.0}
 
 
-def planned(folder, config, devices, *arguments, length=2048):
-    done = jaxpo('plan', write_module(folder, config, devices, length), *arguments)
+def planned(folder, config, devices, *arguments, length=2048, **environment):
+    done = jaxpo('plan', write_module(folder, config, devices, length), *arguments, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -36,7 +39,7 @@ def sent(printed, kind):
 
 @for_tpus
 def test_8b_on_256_small_chips(tmp_path):
-    printed = planned(tmp_path, LLAMA_8B, 256, '--topology', 'v5e:16x16', '--price', '1.2')
+    printed = planned(tmp_path, LLAMA_8B, 256, '--topology', 'v5e:16x16', '--price', '1.2', **HURRIED)
     assert gib(printed) <= 4.0
     assert 'splash' in printed and 'cost of a million pairs' in printed
     times, scattered = sent(printed, 'reduce-scatter')
@@ -47,13 +50,13 @@ def test_8b_on_256_small_chips(tmp_path):
 
 @for_tpus
 def test_8b_on_16_middle_sized_chips(tmp_path):
-    assert gib(planned(tmp_path, LLAMA_8B, 16, '--topology', 'v6e:4x4')) <= 32.0
+    assert gib(planned(tmp_path, LLAMA_8B, 16, '--topology', 'v6e:4x4', **HURRIED)) <= 32.0
 
 
 @for_tpus
 def test_70b_from_a_reference_table(tmp_path):
     table = ('--references.initial.table', 'True')
-    assert gib(planned(tmp_path, LLAMA_70B, 256, '--topology', 'v5e:16x16', *table)) <= 16.0
+    assert gib(planned(tmp_path, LLAMA_70B, 256, '--topology', 'v5e:16x16', *table, **HURRIED)) <= 16.0
 
 
 @for_tpus
