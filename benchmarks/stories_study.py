@@ -21,7 +21,7 @@ def get_config() -> Config:
         references={'start': Reference('policy', table=True)},
         objective={'dpo': {'beta': 0.1}},
         data=Data(f'{OUTPUT}/plain.train.jsonl', f'{OUTPUT}/plain.eval.jsonl', max_prompt_tokens=64),
-        rows=Rows(layout='shared', lengths=(192,), microbatch=16, pairs_per_row=2),
+        rows=Rows(layout='shared', lengths=(256,), microbatch=16, pairs_per_row=8),
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2),
         train=Train(batch_pairs=8, steps=60),
         evaluate=Evaluate(pairs=64),
