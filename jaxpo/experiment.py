@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import sys
 import types
 from collections.abc import Callable, Sequence
 
@@ -58,10 +59,12 @@ def import_module(path: str) -> types.ModuleType:
     if not file.is_file():
         neighbours = [str(p) for p in file.parent.glob('*.py')] if file.parent.is_dir() else []
         raise unknown('Python file', path, neighbours)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    # A name that no other module has: Python looks up what a dataclass's annotations mean in the module of that name.
+    name = f'{file.stem} of {file.resolve().parent}'
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None:
         raise InputError(f'{path} is not a Python module (.py).')
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, dry runs, the four commands, and bad input."""
 
+import argparse
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import tiny_checkpoints
 import tiny_runs
 
 from jaxpo import cli
+from jaxpo.study import command
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -213,7 +215,17 @@ def get_config():
 """
 
 
-def test_shipped_experiments_load():
-    for path in sorted((pathlib.Path(__file__).parents[1] / 'experiments').glob('*.py')):
-        pytest.importorskip('vaderSentiment')
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
+MODULES = [*sorted(EXPERIMENTS.glob('*.py')), EXPERIMENTS / 'exact/exact.py']
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: path.stem)
+def test_shipped_experiments_load(path):
+    pytest.importorskip('vaderSentiment')
+    text = path.read_text(encoding='utf-8')
+    if 'def get_config' in text:
         assert cli.load(str(path), [], 'train').config.output.startswith('runs/')
+    if 'def get_study' in text:
+        known = argparse.Namespace(seeds='0,1', cells_per_program=None, lanes=None)
+        plan = command.load(str(path), [], known)
+        assert str(plan.root).startswith('runs/') and {cell.seed for cell in plan.cells} == {0, 1, 2, 3}
