@@ -43,7 +43,7 @@ def test_every_method_setting_and_seed_is_a_cell_and_the_baseline_runs_again():
 
 
 def test_the_second_arm_has_the_settings_of_the_first_and_other_seeds():
-    cells = expand(study(seeds=(3, 5)))
+    cells = expand(study(seeds=(3, 4)))
     ours = [cell for cell in cells if cell.method == 'dpo']
     theirs = [cell for cell in cells if cell.method == 'dpo (A/A)']
     assert [cell.setting for cell in ours] == [cell.setting for cell in theirs]
