@@ -1,7 +1,6 @@
 """Cells side by side in one program are what they are one after the other, and what `jaxpo train` makes of them."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 import tiny_studies
 import tiny_tables
 
-from jaxpo import train
+from jaxpo import losses, train
 from jaxpo.config import Lora, Optimizer, Reference
 from jaxpo.errors import InputError
 from jaxpo.experiment import Experiment
@@ -20,6 +19,7 @@ from jaxpo.study.bundles import bundles
 from jaxpo.study.design import Method, Study, expand, replaced
 from jaxpo.study.records import DIVERGED, FINISHED
 from jaxpo.study.workshop import Workshop
+from jaxpo.types import Rewards
 
 pytestmark = pytest.mark.usefixtures('compiled_quickly')
 
@@ -149,15 +149,24 @@ def test_losses_that_couple_pairs_and_run_along(tmp_path):
     assert_alike(tiny_studies.run(side_by_side(study, lanes=3), 1), one_by_one)
 
 
-def test_losses_that_train_parts_of_their_own(tmp_path):
+@pytest.fixture
+def leaning(registry_as_it_was):
+    """DPO whose margin is shifted by a trained number, which starts at random."""
+
+    def init_params(key, *, layers, width):
+        return {'shift': jax.random.normal(key, (2,))}
+
+    @losses.loss('Nobody 2026, arXiv:0000.00000, Eq. 1', init_params=init_params)
+    def leaning(chosen, rejected, *, params, beta=0.1):
+        """-log sigmoid of DPO's margin and a trained number."""
+        ratios = [beta * (side.policy_logps - side.reference_logps[0]).sum(axis=-1) for side in (chosen, rejected)]
+        return -jax.nn.log_sigmoid(ratios[0] - ratios[1] + params['shift'].sum()), Rewards(*ratios)
+
+
+def test_losses_that_train_parts_of_their_own(leaning, tmp_path):
     """Each starts with the parts that it has alone, whoever stands beside it."""
-    tiny_studies.base(tmp_path)
-    for file in tmp_path.glob('*.jsonl'):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        extra = [{f'{side}_auxiliary_reward': len(row[side]) / 20 for side in ('chosen', 'rejected')} for row in rows]
-        tiny_tables.write_rows(file, [row | more for row, more in zip(rows, extra)])
-    methods = {'hpo': Method({'hpo': {}}), 'both': Method({'dpo': {}, 'hpo': {'weight': 0.5}})}
-    study = Study(tiny_studies.base(tmp_path), methods, seeds=(0,), baseline='hpo')
+    methods = {'leaning': Method({'leaning': {}}), 'both': Method({'dpo': {}, 'leaning': {'weight': 0.5}})}
+    study = Study(tiny_studies.base(tmp_path), methods, seeds=(0,), baseline='leaning')
     one_by_one = tiny_studies.run(study)
     assert_alike(tiny_studies.run(side_by_side(study, lanes=2), 2), one_by_one)
     assert_as_trained(one_by_one, tmp_path, [next(key for key in one_by_one if key[0] == 'both')])
