@@ -90,7 +90,7 @@ def get_study() -> Study:
     return Study(
         base=training.Exact(output='runs/exact'),
         methods=trials()[0],
-        seeds=(0, 1, 2, 3, 4),
+        seeds=tuple(range(16)),  # cells are cheap, and rewards of one method differ from seed to seed by 0.14
         metric='reward',
         question='Where the truth is known: which methods earn more true reward than DPO from 64 pairs, at what KL?',
     )

@@ -62,7 +62,7 @@ def _rules(evidence: Evidence) -> tuple[tuple[str, str], ...]:
         ('budget', f'Every method gets {counted(len(evidence.baseline.trials), "setting")} and the same seeds.'),
         (
             'splits',
-            f'Settings are chosen on the split `selection` and reported on the split `report`: '
+            'Settings are chosen on the selection split and reported on the report split: '
             f'{share(held["selection_share"])} of held-out prompts and the others, where the experiment has no other.',
         ),
         ('selection', RULE),
