@@ -223,13 +223,14 @@ def test_a_method_on_trial_gets_all_that_it_reads(name, world):
 def test_every_method_has_as_many_settings_and_no_cell_is_there_twice():
     study = exact.get_study()
     cells = design.expand(study)
-    assert len(cells) == (len(TRIALS) + 1) * 6 * 5 == len({cell.id for cell in cells})
+    assert len(cells) == (len(TRIALS) + 1) * 6 * len(study.seeds) == len({cell.id for cell in cells})
 
 
 @pytest.fixture(scope='module')
 def cells():
     study = exact.get_study()
-    return [cell for cell in design.expand(study) if cell.method == 'dpo' and cell.setting['learning_rate'] == 0.1]
+    chosen = [cell for cell in design.expand(study) if cell.method == 'dpo' and cell.setting['learning_rate'] == 0.1]
+    return [cell for cell in chosen if cell.repeat < 5]
 
 
 def with_rate(cell, rate: float):
