@@ -52,6 +52,8 @@ class Trainee:
             what = ', '.join(name for name in ('loss', 'grad_norm') if not np.isfinite(metrics[name]))
             self.error = f'step {number}: {what or "its running state"} is not finite'
         kept = {name: value for name, value in metrics.items() if name not in self._others}
+        if self.error:
+            kept = {name: value for name, value in kept.items() if np.isfinite(value)}  # JSON has no NaN
         if log or self.error:
             self.lines.append({'step': number, **kept, 'num_tokens': self.tokens})
 

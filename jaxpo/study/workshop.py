@@ -12,6 +12,7 @@ from jaxpo import objective as objectives
 from jaxpo.config import Config
 from jaxpo.data import rows
 from jaxpo.data.rows import Shape, lengths_of, row_tokens
+from jaxpo.errors import InputError
 from jaxpo.evaluate import Evaluator
 from jaxpo.experiment import Experiment, Reward
 from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs, wanted_of
@@ -51,6 +52,8 @@ class Workshop:
     def check(self, bundle: Bundle) -> Run:
         """The run of a bundle's kind. InputError for what cannot be trained, before anything is."""
         run = self._prepared(bundle)
+        if not run.config.data.evaluation:
+            raise InputError('study: data.evaluation names no held-out pairs: there is nothing to compare cells by.')
         heldout.hold_out(run.config.rows, self._read(run).evaluation, [], self.study.selection_share)
         return run
 
