@@ -183,12 +183,17 @@ def _sample(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: 
     for place, trainee in enumerate(trainees):
         if trainee.error:
             continue
-        own = _unstacked(shop.run, state, place) if many else state
-        evaluator = dataclasses.replace(shop.evaluator, run=trainee.run)
-        samples = evaluate.draw_samples(evaluator, own.replace(opt_state=()))
+        # Before the first step all cells have one policy: those of a seed have the same samples.
+        samples = shop.first_samples.get(trainee.cell.seed) if not number else None
+        if samples is None:
+            own = _unstacked(shop.run, state, place) if many else state
+            evaluator = dataclasses.replace(shop.evaluator, run=trainee.run)
+            samples = evaluate.draw_samples(evaluator, own.replace(opt_state=()))
+        if not number:
+            shop.first_samples[trainee.cell.seed] = samples
         groups = collections.defaultdict(list)
         for index, sample in enumerate(samples):
-            prompt = evaluator.prompts[index // evaluate.COMPLETIONS]
+            prompt = shop.evaluator.prompts[index // evaluate.COMPLETIONS]
             groups[heldout.split_of(prompt.ids, shop.held.selection_share)].append(sample)
         for split, members in sorted(groups.items()):
             trainee.evaluated(number, split, evaluate.summarised(members, shop.run.objective.references))

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from jaxpo import processes, provenance, report, storage
 from jaxpo.console import console, progress
-from jaxpo.errors import InputError, Interrupted
+from jaxpo.errors import Interrupted
 from jaxpo.experiment import Reward
 from jaxpo.study import compilations, language_model, records, reporting
 from jaxpo.study.bundles import Bundle, single
@@ -172,7 +172,7 @@ def _ended(bundle: Bundle, training: Training) -> Outcomes:
         if done == {cell.id for cell in bundle.cells}:
             return
         raise RuntimeError('what trains the cells said nothing of some of them')
-    except (InputError, Interrupted):
+    except Interrupted:
         raise
     except Exception as error:
         problem = error

@@ -13,7 +13,7 @@ from jaxpo.config import Config
 from jaxpo.data import rows
 from jaxpo.data.rows import Shape, lengths_of, row_tokens
 from jaxpo.errors import InputError
-from jaxpo.evaluate import Evaluator
+from jaxpo.evaluate import Evaluator, Sampled
 from jaxpo.experiment import Experiment, Reward
 from jaxpo.run import Pairs, Run, Schedule, prepare, read_pairs, wanted_of
 from jaxpo.study import heldout, programs, union
@@ -34,6 +34,8 @@ class Shop:
     evaluator: Evaluator | None  # where prompts are sampled
     shape: Shape | None  # of every batch, where cells are side by side
     weights: dict[str, Any]  # the policy as it starts
+    first_samples: dict[int, list[Sampled]] = dataclasses.field(default_factory=dict)
+    """Of the policy as it starts, by seed."""
 
 
 @dataclasses.dataclass
