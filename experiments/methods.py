@@ -16,11 +16,14 @@ import pathlib
 from jaxpo import losses
 from jaxpo.config import Config, Data, Evaluate, Model, Optimizer, Reference, Rows, Train
 from jaxpo.data.sources import read_rows
+from jaxpo.experiment import import_module
 from jaxpo.losses.registry import Loss
 from jaxpo.study.design import Method, Study
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+HERE = pathlib.Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / 'shared'
 PAIRS = pathlib.Path('runs/methods_pairs')
+plain = import_module(str(HERE / 'every_method.py')).plain
 STRENGTHS = {'ipo': 'tau', 'mi': 'alpha', 'orpo': 'odds_ratio_weight', 'slic': 'delta'}
 """The hyperparameter that says how strongly a method holds on to its prior, where that is not `beta`."""
 LEARNING_RATES = (3e-4, 1e-3)
@@ -37,12 +40,6 @@ def pairs(split: str) -> str:
         rows = (row.fields for row in read_rows(str(source)))
         file.write_text(''.join(json.dumps(plain(row), ensure_ascii=False) + '\n' for row in rows), encoding='utf-8')
     return str(file)
-
-
-def plain(row: dict) -> dict[str, str]:
-    """The pair as plain text: the prompt's turns, each with a newline behind it."""
-    prompt = ''.join(turn['content'] + '\n' for turn in row['prompt'])
-    return {'prompt': prompt, 'chosen': row['chosen'], 'rejected': row['rejected']}
 
 
 def special(loss: Loss) -> str:

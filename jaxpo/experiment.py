@@ -7,6 +7,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tyro
 
@@ -15,6 +16,7 @@ from jaxpo.config import Config
 from jaxpo.errors import InputError, unknown
 
 Reward = Callable[[str, str], float]
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +39,7 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
       InputError: no such file, one that cannot be imported, no get_config, or not a Config. A wrong override prints
         its own message, the nearest setting included, and exits with code 2.
     """
-    module = import_module(path)
-    if not hasattr(module, 'get_config'):
-        raise InputError(f'{path} defines no get_config(). It returns the jaxpo.config.Config to run.')
-    config = module.get_config()
-    if not isinstance(config, Config):
-        raise InputError(f'{path}: get_config() returned {type(config).__name__}, not a jaxpo.config.Config.')
+    module, config = defined(path, 'get_config', Config)
     written, references = config.objective, tuple(config.references)
     config = dataclasses.replace(config, objective=objective.spelled_out(written, references))
     # A switch has a value too, True or False, as every other field has.
@@ -51,6 +48,17 @@ def load(path: str, overrides: Sequence[str], command: str) -> Experiment:
     changed = objective.spelled_out_again(written, config.objective, references)
     config = dataclasses.replace(config, objective=changed)
     return Experiment(pathlib.Path(path), config, getattr(module, 'reward', None))
+
+
+def defined(path: str, function: str, kind: type[T]) -> tuple[types.ModuleType, T]:
+    """The module at `path` and what its `function()` returns. InputError: no such function, or no `kind` from it."""
+    module, expected = import_module(path), f'{kind.__module__}.{kind.__name__}'
+    if not hasattr(module, function):
+        raise InputError(f'{path} defines no {function}(). It returns the {expected} to run.')
+    found = getattr(module, function)()
+    if not isinstance(found, kind):
+        raise InputError(f'{path}: {function}() returned {type(found).__name__}, not a {expected}.')
+    return module, found
 
 
 def import_module(path: str) -> types.ModuleType:

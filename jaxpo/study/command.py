@@ -14,7 +14,7 @@ import tyro
 from jaxpo import processes, storage
 from jaxpo.config import Config
 from jaxpo.errors import InputError
-from jaxpo.experiment import Reward, import_module
+from jaxpo.experiment import Reward, defined
 from jaxpo.study import dry_run, jobs, runner
 from jaxpo.study.bundles import Bundle, bundles, plain_bundles
 from jaxpo.study.design import Cell, Study, check, expand
@@ -106,12 +106,7 @@ def load(path: str, overrides: Sequence[str], options: argparse.Namespace) -> Pl
 
     InputError: no such module, one without get_study(), or a study that cannot be compared.
     """
-    module = import_module(path)
-    if not hasattr(module, 'get_study'):
-        raise InputError(f'{path} defines no get_study(). It returns the jaxpo.study.design.Study to run.')
-    found = module.get_study()
-    if not isinstance(found, Study):
-        raise InputError(f'{path}: get_study() returned {type(found).__name__}, not a jaxpo.study.design.Study.')
+    module, found = defined(path, 'get_study', Study)
     own = getattr(module, 'run_cells', None)
     if own is None and not isinstance(found.base, Config):
         raise InputError(f'{path}: the base of its study is no jaxpo.config.Config, and it defines no run_cells().')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -16,6 +17,7 @@ from jaxpo.types import Batch, Pair
 
 SELECTION, REPORT, TRAIN = SPLITS = ('selection', 'report', 'train')
 PAIRS_OF_A_BATCH = 64
+"""At most."""
 
 
 def split_of(prompt: np.ndarray, selection_share: float) -> str:
@@ -57,7 +59,8 @@ def hold_out(
             )
     complete = (pair for pair in training if pair.chosen.size and pair.rejected.size)
     pairs[TRAIN] = [pair for pair, _ in zip(complete, pairs[REPORT])]
-    parts = {name: list(_parts(members)) for name, members in pairs.items()}
+    size = _batch_size([len(members) for members in pairs.values()])
+    parts = {name: list(_parts(members, size)) for name, members in pairs.items()}
     filled = {
         name: [rows.fill_rows(part, settings, row_multiple=row_multiple) for part in members]
         for name, members in parts.items()
@@ -67,9 +70,15 @@ def hold_out(
     return HeldOut(selection_share, pairs, batches)
 
 
-def _parts(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+def _batch_size(counts: Sequence[int]) -> int:
+    """Pairs of a batch where splits have so many: as all batches have one shape, the size that leaves least empty."""
+    sizes = range(PAIRS_OF_A_BATCH, PAIRS_OF_A_BATCH // 2, -1)
+    return min(sizes, key=lambda size: size * sum(math.ceil(count / size) for count in counts))
+
+
+def _parts(pairs: Sequence[Pair], size: int) -> Iterator[list[Pair]]:
     numbered = [dataclasses.replace(pair, index=place) for place, pair in enumerate(pairs)]
-    return (numbered[start : start + PAIRS_OF_A_BATCH] for start in range(0, len(pairs), PAIRS_OF_A_BATCH))
+    return (numbered[start : start + size] for start in range(0, len(pairs), size))
 
 
 def shape_of(batch: Batch) -> Shape:

@@ -83,6 +83,13 @@ def test_all_batches_have_one_shape_and_hold_each_pair_once():
         np.testing.assert_array_equal(weights > 0, places >= 0)
 
 
+def test_batches_of_one_shape_leave_little_of_it_empty():
+    held = heldout.hold_out(ROWS, pairs(120), pairs(200, seed=1), 0.45)
+    sizes = [(batch.pair_index >= 0).sum() for batches in held.batches.values() for batch in batches]
+    assert max(sizes) <= heldout.PAIRS_OF_A_BATCH < max(map(len, held.pairs.values()))
+    assert sum(sizes) > 0.85 * len(sizes) * max(sizes)
+
+
 def lengths_of(batch):
     """Numbers by pair that tell its tokens: what a program would say of it, on two cells."""
     weights = {side: getattr(batch, side).weights for side in ('chosen', 'rejected')}
