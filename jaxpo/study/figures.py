@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxpo.study import charts, curves, marks, svg
 from jaxpo.study.findings import Findings, HealthRow, RobustnessRow, Spread
+from jaxpo.study.matched import means_over_seeds
 from jaxpo.study.palette import COLOURS, Style, style_sheet, styles_of
 from jaxpo.study.svg import Scale
 
@@ -89,7 +90,7 @@ def _frontier(findings: Findings, style: Mapping[str, Style]) -> dict[str, str]:
         curves.Series(
             one.method,
             line=tuple((point.kl, point.reward) for point in one.front),
-            points=tuple((point.kl, point.reward) for point in one.points),
+            points=() if style[one.method].muted else tuple(means_over_seeds(one.points)),
         )
         for one in findings.frontier.methods
     ]

@@ -130,21 +130,25 @@ def _row(name: str, values: Values, comparison: Comparison | None) -> MatchedRow
     return MatchedRow(name, reached, mean(values), comparison, note if reached else 'not reached')
 
 
-def _front(points: Sequence[FrontierPoint]) -> tuple[FrontPoint, ...]:
-    """Of points averaged over seeds."""
+def means_over_seeds(points: Sequence[FrontierPoint]) -> list[tuple[float, float]]:
+    """KL and reward of each setting after each number of steps."""
     together: dict[tuple[str, int], list[FrontierPoint]] = {}
     for point in points:
         together.setdefault((point.setting, point.step), []).append(point)
-    if not together:
+    return [(mean(p.kl for p in group), mean(p.reward for p in group)) for group in together.values()]
+
+
+def _front(points: Sequence[FrontierPoint]) -> tuple[FrontPoint, ...]:
+    if not points:
         return ()
-    averages = [(mean(p.kl for p in group), mean(p.reward for p in group)) for group in together.values()]
-    return tuple(FrontPoint(float(kl), float(reward)) for kl, reward in zip(*pareto_front(*zip(*averages))))
+    front = pareto_front(*zip(*means_over_seeds(points)))
+    return tuple(FrontPoint(float(kl), float(reward)) for kl, reward in zip(*front))
 
 
 def _caption(evidence: Evidence, matched: Sequence[MatchedKL]) -> str:
     text = (
-        'Reward against KL from the reference, every setting, seed and step a point; lines join the best '
-        'reward up to each KL, of means over seeds. Rewards at unequal KL do not compare: methods are compared where '
+        'Reward against KL from the reference, every setting and step a point, the mean over its seeds; lines join the '
+        'best reward up to each KL. Rewards at unequal KL do not compare: methods are compared where '
         'they went equally far, by interpolation between points of one seed, never beyond them. A front is a maximum '
         'over points, on the report split itself: where they are noisy it is too high, for all methods alike, as they '
         'have equally many settings.'

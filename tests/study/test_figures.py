@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from study.sample_findings import sample
 
-from jaxpo.study import charts, curves, figures
+from jaxpo.study import charts, curves, figures, matched
+from jaxpo.study.findings import FrontierPoint
 
 KINDS = ((charts, 'forest'), (charts, 'changes'), (charts, 'heat_map'), (curves, 'curves'), (curves, 'small'))
 
@@ -51,6 +52,12 @@ def test_charts_show_the_findings(drawn):
     assert first['learning'].band[2] == (curve.step, curve.lowest, curve.highest)
     assert drawn['loss-0'][0][2] == (curve.step, curve.mean)
     assert first['compute'] == charts.Change('dpo', (800.0 / 12,))
+
+
+def test_points_of_a_frontier_are_means_over_seeds():
+    at = [('a', 0, 4, 1.0, 0.5), ('a', 1, 4, 3.0, 0.7), ('a', 0, 8, 5.0, 1.0), ('b', 0, 4, 2.0, 0.1)]
+    points = [FrontierPoint(*point, cell='0123456789ab') for point in at]
+    assert matched.means_over_seeds(points) == [pytest.approx(mean) for mean in ((2.0, 0.6), (5.0, 1.0), (2.0, 0.1))]
 
 
 def test_ends_are_named_in_the_order_of_their_numbers(drawn):
