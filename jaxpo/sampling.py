@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpo.errors import InputError
 from jaxpo.models.cache import Cache, empty_cache
 from jaxpo.models.decoder import Decoder, head_weight
-from jaxpo.sharding import ROWS, put, row_multiple
+from jaxpo.sharding import ROWS, put, read, row_multiple
 
 _LEAST_SLOTS = 16
 _OPEN = -1  # in place of an end token: the row has not ended
@@ -82,7 +81,7 @@ def generate(
         arrays = _lay_out([(prompts[place], indices[place], number) for place, number in batch], row_count)
         arrays = arrays if mesh is None else put(arrays, mesh, ROWS)
         result = _generate_batch(decoder, _bucket(max_new_tokens), params, *arrays, settings)
-        result = multihost_utils.process_allgather(result, tiled=True)
+        result = read(result)
         for row, job in enumerate(batch):
             tokens = result.tokens[row, : result.length[row]]
             end = int(result.end[row])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -125,3 +125,14 @@ def put(tree, mesh: Mesh, spec: P):
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree)
+
+
+def read(tree):
+    """Arrays -> host arrays, whole on every process. Where others' devices hold parts, all processes must call it."""
+    return jax.tree.map(_read, tree)
+
+
+def _read(array):
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 
+from jaxpo import sharding
 from jaxpo.errors import InputError
 from jaxpo.models import families
 from jaxpo.models.families import Key
@@ -77,10 +77,7 @@ def fetch(key: Key, layer: int, params: Mapping[str, Any], dtype: str) -> np.nda
     """One Hugging Face tensor on every host; a collective operation."""
     array = families.leaf(params, key.path)
     array = jnp.astype(array if key.layers is None else array[layer], DTYPES[dtype])
-    if array.is_fully_addressable:
-        values = np.asarray(array)
-    else:
-        values = multihost_utils.process_allgather(array, tiled=True)
+    values = sharding.read(array)
     if not np.isfinite(values).all():
         raise InputError(f'{key.names[layer]} has values that are not finite in {dtype}; nothing is exported.')
     return np.ascontiguousarray(values.T if key.transposed else values)

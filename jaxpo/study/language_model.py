@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -109,7 +108,7 @@ def _read(trainees: Sequence[Trainee], pending, log_every: int) -> None:
     if pending is None:
         return
     number, metrics = pending
-    metrics = jax.device_get(metrics)
+    metrics = sharding.read(metrics)
     for place, trainee in enumerate(trainees):
         own = {name: float(values[place]) for name, values in metrics.items()}
         trainee.read(number, own, number % log_every == 0)
@@ -161,7 +160,7 @@ def _evaluate(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number
     settings = settings if len(trainees) > 1 else _first(settings)
 
     def numbers_of(batch):
-        return jax.device_get(shop.programs.measure(state, shop.programs.place_shared(batch), settings))
+        return sharding.read(shop.programs.measure(state, shop.programs.place_shared(batch), settings))
 
     cells = list({id(trainee): trainee for trainee in trainees}.values())
     for split in shop.held.pairs:
@@ -201,11 +200,8 @@ def _sample(shop: Shop, trainees: Sequence[Trainee], state: TrainState, number: 
 
 def _unstacked(run: Run, state: TrainState, place: int) -> TrainState:
     """One cell's state, on the run's device."""
-    shared = {name: getattr(state, name) for name in programs.SHARED}
-    own = state.replace(opt_state=(), **{name: {} for name in programs.SHARED})
-    one = jax.tree.map(functools.partial(_of_place, place), own).replace(**shared)
-    return jax.device_put(one, sharding.replicated(run.mesh))
-
-
-def _of_place(place: int, leaf: jax.Array) -> jax.Array:
-    return leaf[place]
+    here, own = {}, state.replace(opt_state=(), **{name: {} for name in programs.SHARED})
+    for name in programs.SHARED:
+        here[name] = jax.tree.map(lambda leaf: leaf.addressable_data(0), getattr(state, name))
+    one = sharding.read(jax.tree.map(lambda leaf: leaf[place], own))
+    return jax.device_put(one.replace(**here), sharding.replicated(run.mesh))

@@ -112,8 +112,8 @@ def of_many(run: Run, lanes: int | None, devices: Sequence[jax.Device] | None = 
     return Programs(
         jax.jit(_mapped(train_cells, mesh, (states, each, each), (states, each)), donate_argnums=0),
         _without_optimizer(jax.jit(_mapped(measure_cells, mesh, (bare, same, each), each))),
-        lambda stacked: jax.device_put(stacked, NamedSharding(mesh, each)),
-        lambda batch: jax.device_put(batch, NamedSharding(mesh, same)),
+        lambda stacked: sharding.put(stacked, mesh, each),
+        lambda batch: sharding.put(batch, mesh, same),
         jax.jit(jax.vmap(run.optimizer.init), out_shardings=NamedSharding(mesh, each)),
     )
 

@@ -95,7 +95,7 @@ class Workshop:
     def _opened(self, bundle: Bundle) -> Shop:
         many, run = bundle.at_once > 1, self._prepared(bundle)
         pairs = self._pairs_of(run)
-        run = self._prepared(bundle, jax.devices()[:1]) if many else run
+        run = self._prepared(bundle, jax.local_devices()[:1]) if many else run
         share = self.study.selection_share
         held = heldout.hold_out(run.config.rows, pairs.evaluation, pairs.train, share, run.row_multiple)
         evaluator = evaluate.make_evaluator(run, []) if run.config.evaluate.sample_prompts else None
@@ -120,7 +120,7 @@ class Workshop:
     def _weights_of(self, run: Run) -> dict[str, Any]:
         """The policy's weights as it starts; those of one model at a time."""
         seed = run.config.train.seed if run.config.model.source.startswith('random:') else None
-        key = repr((run.config.model, run.lora, seed))
+        key = repr((run.config.model, run.lora, seed, run.mesh.devices.tolist()))
         if key not in self._weights:
             self._weights.clear()
             _, shardings = loading.abstract_state(run)
