@@ -65,7 +65,8 @@ def get_config() -> Config:
             max_prompt_tokens=64,
             max_completion_tokens=TOKENS,
         ),
-        rows=Rows(layout='shared', lengths=(192,), microbatch=8, pairs_per_row=1),
+        # Two pairs to a row, or one with kto's further completions.
+        rows=Rows(layout='shared', lengths=(288,), microbatch=8, pairs_per_row=2),
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2),
         train=Train(batch_pairs=8, steps=40, evaluate_every=20),
         evaluate=Evaluate(sample_prompts=EVALUATION // 2, show=0),

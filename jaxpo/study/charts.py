@@ -84,12 +84,12 @@ def forest(
 
 
 def _shown(intervals: Sequence[Interval]) -> list[float]:
-    """What the axis covers: all values, and of intervals what is no further out than values or thrice what is usual."""
+    """What the axis covers: all values, and of intervals what is within twice the furthest, or thrice the usual end."""
     values = [one.value for one in intervals if svg.finite(one.value)]
     ends = [end for one in intervals for end in (one.low, one.high) if svg.finite(end)]
     if not ends:
         return values
-    reach = max(3 * statistics.median(map(abs, ends)), *map(abs, values))
+    reach = max(3 * statistics.median(map(abs, ends)), *(2 * abs(value) for value in values))
     return values + [max(-reach, min(reach, end)) for end in ends]
 
 
