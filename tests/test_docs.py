@@ -8,7 +8,11 @@ import pytest
 from jaxpo import catalogue, cli, mixture_catalogue
 from jaxpo.losses import priors
 
-README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+PAGES = sorted(ROOT.glob('*.md')) + [
+    page for folder in ('benchmarks', 'experiments', 'tpu_setup') for page in sorted((ROOT / folder).rglob('*.md'))
+]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +39,18 @@ def test_every_module_is_in_the_file_tree():
     package = pathlib.Path(cli.__file__).parent
     rooms = {path.name for path in package.iterdir() if path.suffix == '.py' and not path.name.startswith('__')}
     assert set(re.findall(r'\w+\.py', tree)) == rooms
+
+
+@pytest.mark.parametrize('file', PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for target, anchor in re.findall(r'\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)', file.read_text()):
+        linked = file.parent / target if target else file
+        assert linked.exists(), f'{target} is not there'
+        if anchor:
+            assert anchor in anchors(linked), f'{target}#{anchor} is no heading'
+
+
+def anchors(file):
+    """The names that a page's headings get: lower case, words joined by hyphens."""
+    headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}

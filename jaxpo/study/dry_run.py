@@ -56,13 +56,12 @@ def show(
             one = one._replace(seconds=measured[method], source='')
         hours = None if one.seconds is None else one.seconds * len(cells) * jax.device_count() / 3600
         unfinished = sum(cell.id not in ended for cell in cells)
-        count = f'{len(cells) - unfinished} of {len(cells)}'
         total += hours or 0.0
         left += (hours or 0.0) * unfinished / len(cells)
         rows.append(
             (escape(method), escape(setting), str(len(cells)), str(len(cells) - unfinished), *_said(one, hours))
         )
-    header = ('cells', 'ended', 'tokens each', 'seconds each', 'device-hours')
+    header = ('method', 'setting', 'cells', 'ended', 'tokens each', 'seconds each', 'device-hours')
     out, count = console(), sum(len(bundle.cells) for bundle in bundles)
     out.print(table(f'{count} cells in {len(bundles)} programs', header, rows))
     kinds = len({bundle.kind for bundle in bundles})
