@@ -76,7 +76,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     """A table: words at the left, numbers at the right."""
     made = Table(title=title, title_justify='left', title_style='bold')
     for place, name in enumerate(header):
-        made.add_column(name, justify='right' if place else 'left')
+        made.add_column(name, justify='right' if place else 'left', overflow='fold')
     for row in rows:
         made.add_row(*row)
     return made

@@ -61,7 +61,7 @@ def show(
         rows.append(
             (escape(method), escape(setting), str(len(cells)), str(len(cells) - unfinished), *_said(one, hours))
         )
-    header = ('method', 'setting', 'cells', 'ended', 'tokens each', 'seconds each', 'device-hours')
+    header = ('method', 'setting', 'cells', 'ended', 'tokens each', 'seconds each', 'device hours')
     out, count = console(), sum(len(bundle.cells) for bundle in bundles)
     out.print(table(f'{count} cells in {len(bundles)} programs', header, rows))
     kinds = len({bundle.kind for bundle in bundles})

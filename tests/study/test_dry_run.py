@@ -48,7 +48,7 @@ def test_words_stand_in_the_table_and_nothing_is_written(tmp_path, capsys):
     said = capsys.readouterr().out
     (header,) = [line for line in said.splitlines() if line.startswith('┃')]
     names = [name.strip() for name in header.split('┃')[1:-1]]
-    assert names == ['method', 'setting', 'cells', 'ended', 'tokens each', 'seconds each', 'device-hours']
+    assert names == ['method', 'setting', 'cells', 'ended', 'tokens each', 'seconds each', 'device hours']
     rows = rows_of(said)
     settings = [f'schedule {schedule}, steps {steps}' for schedule in ('cosine', 'linear') for steps in (2, 3)]
     assert sorted(row[:4] for row in rows if row[0] == 'dpo') == [['dpo', words, '1', '0'] for words in settings]
