@@ -7,8 +7,8 @@
 The policy is stories260k (260 thousand parameters, trained on children's stories; read from a folder beside the
 repository), which goes on with a story whose beginning it is given. The true reward is the sentiment of what it writes,
 as the rules of VADER score it. Pairs are its own continuations, the best of six against the worst. Every method is
-tried at three strengths and two learning rates; samples are taken before, half way and at the end, on prompts of which
-one half chooses the settings and the other is reported. The larger run of this kind is quickstart.py.
+tried at three strengths and three learning rates; samples are taken before, half way and at the end, on prompts of
+which one half chooses the settings and the other is reported. The larger run of this kind is quickstart.py.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def get_study() -> Study:
             name: Method({name: {}}, {f'objective.{name}.{field}': values})
             for name, (field, values) in strengths.items()
         },
-        grid={'optimizer.learning_rate': (3e-4, 1e-3)},
+        grid={'optimizer.learning_rate': (1e-4, 3e-4, 1e-3)},
         metric='reward',
         cells_per_program=15,
         question='Which methods earn more true reward than DPO from the same pairs, and at what KL?',
