@@ -150,7 +150,8 @@ def optima_table(only: Sequence[str], settings) -> Iterator[str]:
             continue
         at_rest = found['gradient'] <= optimum.SMALL
         found['share'] = found['reward'] / (found['reward'] + found['gap'])
-        shown = [f'{found[column]:.4f}' for column in COLUMNS[:-1]] + [f'{found["gradient"]:.0e}']
+        # Rounded first, so that what is 0 but for rounding has no sign.
+        shown = [f'{round(found[column], 4) + 0.0:.4f}' for column in COLUMNS[:-1]] + [f'{found["gradient"]:.0e}']
         strength = '' if value is None else f'{value:g}'
         yield f'| {name}{"" if at_rest else " (no rest)"} | {strength} | {" | ".join(shown)} |'
 
