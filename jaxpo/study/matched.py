@@ -1,5 +1,6 @@
 """Reward against KL: all settings and steps of every method as points, compared where methods went equally far."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jaxpo.study.comparisons import Values, gains, judge, judge_alone
@@ -71,9 +72,14 @@ def _reached(runs: Mapping[int, list[FrontierPoint]]) -> float:
 
 
 def _common(runs: Runs) -> tuple[float, float]:
-    """The range of KL that every seed of every arm has points around."""
-    smallest = max(min(point.kl for point in points) for by_repeat in runs.values() for points in by_repeat.values())
-    return max(0.0, smallest), min(_reached(by_repeat) for by_repeat in runs.values())
+    """The range of KL that every seed of every arm has evaluations around.
+
+    The reference itself, at step 0, is not one of them: up to the first evaluation of a policy in training the front is
+    a chord, which lies further below the truth the later that evaluation was.
+    """
+    trained = [[p.kl for p in points if p.step] for by_repeat in runs.values() for points in by_repeat.values()]
+    smallest = max((min(kls) for kls in trained if kls), default=math.inf)
+    return smallest, min(_reached(by_repeat) for by_repeat in runs.values())
 
 
 def _kls(evidence: Evidence, runs: Runs, start: float, end: float) -> list[tuple[float, str]]:
@@ -83,7 +89,7 @@ def _kls(evidence: Evidence, runs: Runs, start: float, end: float) -> list[tuple
     kls = [(end / 4, f'a quarter of {most}'), (end / 2, f'half of {most}'), (end, most)]
     if name in runs and _reached(runs[name]) > end:
         kls.append((_reached(runs[name]), f'the largest KL that {name} reached with every seed'))
-    return [(kl, why) for kl, why in kls if kl > start]
+    return [(kl, why) for kl, why in kls if kl >= start]
 
 
 def _rewards(evidence: Evidence, runs: Runs, arm: Arm, kl: float) -> list[float | None]:
@@ -149,12 +155,13 @@ def _caption(evidence: Evidence, matched: Sequence[MatchedKL]) -> str:
     text = (
         'Reward against KL from the reference, every setting and step a point, the mean over its seeds; lines join the '
         'best reward up to each KL. Rewards at unequal KL do not compare: methods are compared where '
-        'they went equally far, by interpolation between points of one seed, never beyond them. A front is a maximum '
+        'they went equally far, by interpolation between points of one seed, never beyond them and never between the '
+        'reference and the first of them. A front is a maximum '
         'over points, on the report split itself: where they are noisy it is too high, for all methods alike, as they '
         'have equally many settings.'
     )
     if not matched:
-        return f'{text} No KL was reached by all methods, so none are compared.'
+        return f'{text} No KL lies between points of all methods, so none are compared.'
     claims = [
         f'{row.method} {row.against_baseline.verdict} at KL {figure(at.kl)}'
         for at in matched

@@ -304,7 +304,7 @@ def test_rewards_are_compared_at_the_kl_that_all_reached(tmp_path):
     """Reward is a line in KL whose slope is the score; `bad` goes less far than the others."""
 
     def outcome(cell, found):
-        reach, kls = 0.8 if cell.method == 'bad' else 2.0, (0.0, 0.5, 1.0)
+        reach, kls = 0.8 if cell.method == 'bad' else 2.0, (0.0, 0.1, 0.5, 1.0)
         lines = [
             {'step': step, 'split': split, 'kl': part * reach, 'reward': part * reach * score, 'score': score}
             for split, score in found.items()
@@ -330,12 +330,31 @@ def test_rewards_are_compared_at_the_kl_that_all_reached(tmp_path):
             assert rows['bad'].against_baseline.difference == pytest.approx(-0.5 * at.kl, rel=1e-9)
         else:
             assert (rows['bad'].reward, rows['bad'].note, rows['bad'].n) == (None, 'not reached', 0)
-    assert (frontier.area_from, frontier.area_up_to) == (0.0, 0.8)
+    assert (frontier.area_from, frontier.area_up_to) == (0.2, 0.8)
     areas = {method.method: method.area for method in frontier.methods}
-    assert areas['good'] == pytest.approx(0.4 * (2.0 + by_seed.mean()), rel=1e-12)
+    assert areas['good'] == pytest.approx(0.5 * (2.0 + by_seed.mean()), rel=1e-12)
     front = next(method.front for method in frontier.methods if method.method == 'dpo')
-    assert [point.kl for point in front] == [0.0, 1.0, 2.0] and len(frontier.methods) == 4
-    assert len(frontier.methods[0].points) == 9
+    assert [point.kl for point in front] == pytest.approx([0.0, 0.2, 1.0, 2.0]) and len(frontier.methods) == 4
+    assert len(frontier.methods[0].points) == 12
+
+
+def test_rewards_are_not_compared_between_the_reference_and_what_was_first_evaluated(tmp_path):
+    """All lie on one curve, `slow` with a point where the chord from the reference to the other's first is below it."""
+
+    def outcome(cell, found):
+        kls = (0.0, 0.2, 1.0) if cell.method == 'slow' else (0.0, 0.8, 1.0)
+        lines = [
+            {'step': step, 'split': split, 'kl': kl, 'reward': kl**0.5 + 0.001 * cell.seed, 'score': 1.0}
+            for split in found
+            for step, kl in enumerate(kls)
+        ]
+        return dataclasses.replace(made_up.finished(cell, found), lines=lines, pairs={})
+
+    made = made_up.study(('dpo', 'slow'), seeds=(0, 1, 2), rates=(0.1,))
+    root = made_up.write(tmp_path / 'study', made, lambda cell: dict.fromkeys(SPLITS, 1.0), outcome=outcome)
+    frontier = analyse(root).frontier
+    assert [at.kl for at in frontier.matched] == [1.0] and (frontier.area_from, frontier.area_up_to) == (0.8, 1.0)
+    assert all(abs(row.reward - 1.0) < 0.01 for row in frontier.matched[0].rows)
 
 
 def test_robustness_is_over_the_whole_grid(planted, found):

@@ -114,6 +114,6 @@ class Frontier:
 
     methods: tuple[MethodFrontier, ...]  # the A/A arm last
     matched: tuple[MatchedKL, ...]  # rising KL
-    area_from: float | None  # nats: what every method and seed reached
+    area_from: float | None  # nats: between what every method and seed had at its first evaluations, and reached
     area_up_to: float | None
     caption: str
