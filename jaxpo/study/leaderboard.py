@@ -140,7 +140,8 @@ def _headline(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
     compared = f'{start}Of {counted(len(others), "method")} against {design["baseline"]} by {design["metric"]}, '
     if without == len(others):
         return f'{compared}none is shown to be better or worse.'
-    return f'{compared}{"; ".join(said)}; of {without or "none"} no claim is made.'
+    said += [f'of {without} no claim is made'] if without else []
+    return f'{compared}{"; ".join(said)}.'
 
 
 def _caption(evidence: Evidence, rows: Sequence[LeaderboardRow]) -> str:
