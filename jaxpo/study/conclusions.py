@@ -87,8 +87,13 @@ def _of_design(evidence: Evidence) -> list[str]:
 def _of_state(evidence: Evidence, progress: Progress, again: AgainstItself, provenance: Provenance) -> list[str]:
     """What this study does not say as it stands."""
     said = []
-    cells = [cell for cell in evidence.baseline.cells if cell.pairs is not None]
-    if cells:
+    metric, cells = evidence.design['metric'], [cell for cell in evidence.baseline.cells if cell.pairs is not None]
+    if any(cell.last(f'{metric}_standard_error') is not None for cell in evidence.baseline.cells):
+        said.append(
+            f'{metric} is of samples of held-out prompts, the same prompts for all seeds: intervals over seeds say '
+            'nothing of others.'
+        )
+    elif cells:
         said.append(_of_pairs(cells))
     if not progress.complete:
         said.append(

@@ -486,6 +486,17 @@ def test_a_program_shared_by_cells_is_counted_once(tmp_path):
     assert 'nothing to compare' in found.leaderboard.headline and records.states(tmp_path / 'study')
 
 
+def test_a_metric_of_samples_is_not_said_to_rest_on_pairs(tmp_path):
+    def outcome(cell, found):
+        told = made_up.finished(cell, found)
+        return dataclasses.replace(told, lines=[{**line, 'score_standard_error': 0.1} for line in told.lines])
+
+    made = made_up.study(('dpo', 'good'), seeds=(0, 1), rates=(0.1,))
+    found = analyse(made_up.write(tmp_path / 'study', made, scores, outcome=outcome))
+    assert any('score is of samples of held-out prompts' in text for text in found.conclusions.cannot)
+    assert not any('held-out pairs' in text for text in found.conclusions.cannot)
+
+
 def test_pairs_of_each_seed_are_not_crossed_with_seeds(tmp_path):
     """No prompts are common to the seeds then, and intervals over seeds are of other pairs too."""
 
