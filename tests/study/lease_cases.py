@@ -15,12 +15,15 @@ from jaxpo.study.leases import LeaseLost, Leases
 SECONDS = 60.0
 ROOT = pathlib.Path(leases.__file__).parents[2]
 RACE = """
-import json, sys
+import json, os, sys, time
 from jaxpo import storage
 from jaxpo.study.leases import Leases
 mine = Leases(storage.path(sys.argv[1]), sys.argv[2], 60)
+mine.acquire(f'first{os.getpid()}')  # connected, so that neither has to be while the other runs
 print('ready', flush=True)
-sys.stdin.readline()
+begin = float(sys.stdin.readline())
+while time.time() < begin:  # awake when it comes
+    pass
 print(json.dumps([number for number in range(int(sys.argv[3])) if mine.acquire(f'name{number}')]))
 """
 

@@ -55,8 +55,9 @@ def test_on_a_disk(case, tmp_path, clock):
 
 def answers(processes):
     """What they say once all are told to begin."""
+    begin = time.time() + 0.5
     for process in processes:
-        process.stdin.write('begin\n')
+        process.stdin.write(f'{begin}\n')
         process.stdin.flush()
     return [json.loads(process.stdout.readline()) for process in processes]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 
 import pytest
@@ -33,8 +34,9 @@ def test_of_two_processes_one_wins_each_name(place):
     environment = os.environ | strict_buckets.environment()
     words = (str(place), 'worker', '40')
     with started(RACE, *words, environment=environment) as first, started(RACE, *words, environment=environment) as two:
+        begin = time.time() + 0.5
         for process in (first, two):
-            process.stdin.write('begin\n')
+            process.stdin.write(f'{begin}\n')
             process.stdin.flush()
         ours, theirs = (json.loads(process.stdout.readline()) for process in (first, two))
     assert sorted(ours + theirs) == list(range(40))
