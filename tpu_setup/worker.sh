@@ -136,6 +136,8 @@ stop() {
   done
   if runs "$directory"; then
     kill -KILL -- "-$pid" || true
+    # What was killed lets go of the lock a moment later.
+    flock --wait 10 --shared "$directory/lock" true || true
     record "$directory" 137
   fi
   state "$1"

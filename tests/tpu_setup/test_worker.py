@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import subprocess
+import sys
 import time
 
 import pytest
@@ -65,11 +66,13 @@ def test_stopping_lets_a_command_save_its_state(worker, tmp_path):
 
 
 def test_what_does_not_stop_is_killed(worker, tmp_path):
-    worker('start', 'run', 'bash', '-c', 'trap "" TERM; touch ready; while :; do sleep 0.05; done')
+    """And waited for: what holds much memory takes a moment to die, and holds the lock until then."""
+    holds = 'import time; held = b"1" * (1 << 29); open("ready", "w"); time.sleep(600)'
+    worker('start', 'run', 'bash', '-c', f"trap '' TERM; exec {sys.executable} -c '{holds}'")
     while not (tmp_path / 'jaxpo/ready').exists():
         time.sleep(0.02)
     assert worker('stop', 'run', '0').stdout.endswith('ended 137\n')
-    wait_for(worker, 'ended 137')
+    assert state(worker) == 'ended 137'
 
 
 def test_stopping_what_does_not_run_stops_nothing(worker, tmp_path):
