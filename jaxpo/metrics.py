@@ -11,13 +11,15 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
 
 from jaxpo import storage
 from jaxpo.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 NAME = 'metrics.jsonl'
 SECONDS_BETWEEN_COPIES = 30.0
@@ -28,7 +30,7 @@ class MetricsLog:
     """An open log. On processes other than 0 both files are None, and writing does nothing."""
 
     lines: TextIO | None
-    tensorboard: SummaryWriter | None
+    tensorboard: 'SummaryWriter | None'
     copy: Callable[[], None]  # what was written, to the run's directory
     copied: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -72,13 +74,21 @@ def open_metrics(directory: storage.Path, resume_step: int) -> Iterator[MetricsL
         temporary = path.with_suffix('.tmp')
         temporary.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         temporary.replace(path)
-        tensorboard = SummaryWriter(
-            str(local / 'tensorboard'),
+        tensorboard = tensorboard_writer(
+            local / 'tensorboard',
             purge_step=resume_step + 1 if resume_step else 0,
             filename_suffix=f'.{resume_step}',  # names hold whole seconds: a quick resume would overwrite
         )
         with path.open('a', encoding='utf-8') as lines, tensorboard:
             yield MetricsLog(lines, tensorboard, copy)
+
+
+def tensorboard_writer(directory: storage.Path, **options: Any) -> 'SummaryWriter':
+    """A writer of event files in a local `directory`; to be closed."""
+    # Not at the top: where PyTorch is installed it is imported too, and every command would wait a second for it.
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(directory), **options)
 
 
 def read_metrics(directory: storage.Path) -> list[dict[str, float]]:

@@ -142,6 +142,23 @@ def test_a_killed_run_goes_on_from_its_last_commit(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(finished)[1])
 
 
+@pytest.mark.parametrize('adapter', [(), ('--lora.rank', '4')], ids=['whole', 'adapter'])
+def test_compiled_as_for_users_it_learns_too(finished, tmp_path, adapter):
+    """Tests compile otherwise, to save time: here the step and its evaluation are optimised, by XLA's own choices."""
+    path = tiny_runs.write_module(tmp_path)
+    environment = os.environ | {'PYTHONPATH': str(pathlib.Path(__file__).parent)}
+    environment |= {'JAX_NUM_CPU_DEVICES': '1', 'XLA_FLAGS': ''}
+    command = [sys.executable, '-m', 'jaxpo', 'train', str(path), '--mesh.data', '1', *adapter]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = logged(tiny_runs.experiment(tmp_path))
+    assert lines[0]['eval/rewards/margins'] == 0 and lines[0]['eval/rewards/accuracies'] == 0.5
+    assert lines[-1]['eval/rewards/margins'] > 0
+    if not adapter:
+        for ours, theirs in zip(lines, logged(finished), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     experiment = tiny_runs.experiment(tmp_path, optimizer=Optimizer(learning_rate=1e30))
     with pytest.raises(TrainingError, match='Step 2: the loss'):

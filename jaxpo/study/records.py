@@ -19,11 +19,9 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from jaxpo import storage
 from jaxpo.errors import InputError
-from jaxpo.metrics import flatten
+from jaxpo.metrics import flatten, tensorboard_writer
 from jaxpo.study.design import Cell, Study, settings_of
 from jaxpo.study.measures import PairNumbers
 
@@ -199,7 +197,7 @@ def _write_tensorboard(directory: storage.Path, cell: Cell, outcome: Outcome) ->
     last: dict[str, float] = {}
     for old in [*directory.glob('events*'), *directory.glob('*/events*')]:
         old.unlink()  # of an attempt that failed or was killed: all would be shown twice
-    with storage.grown_locally(directory) as (local, _), SummaryWriter(str(local)) as tensorboard:
+    with storage.grown_locally(directory) as (local, _), tensorboard_writer(local) as tensorboard:
         for line in outcome.lines:
             prefix = f'{line["split"]}/' if 'split' in line else ''
             values = {f'{prefix}{k}': v for k, v in line.items() if k not in ('step', 'split') and math.isfinite(v)}
