@@ -16,6 +16,8 @@ from jaxpo.losses import scores
 from jaxpo.references import mixing, mixture, weighting
 from jaxpo.types import Completion
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 KEY = jax.random.key(0)
 TWO = NAMES[:2]
 WEIGHTINGS = sorted(weighting.WEIGHTINGS)

@@ -14,6 +14,8 @@ from jaxpo.errors import InputError
 from jaxpo.references import weighting
 from jaxpo.references.weighting_registry import named
 
+pytestmark = pytest.mark.usefixtures('compiled_quickly')
+
 NAMES = sorted(weighting.WEIGHTINGS)
 KEY = jax.random.key(3)
 examples = settings(deadline=None, max_examples=25)

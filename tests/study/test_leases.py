@@ -122,9 +122,9 @@ def test_only_a_proof_of_death_is_one(tmp_path, changes, dead):
 
 
 def test_a_lease_that_is_renewed_in_the_background_is_kept_and_given_back(tmp_path):
-    first, second = Leases(tmp_path, 'first', 1.0), Leases(tmp_path, 'second', 1.0)
+    first, second = Leases(tmp_path, 'first', 2.0), Leases(tmp_path, 'second', 2.0)
     with holding(first.acquire('one'), first.acquire('two')) as held:
-        over = time.monotonic() + 2.2
+        over = time.monotonic() + 3.0
         while time.monotonic() < over:
             assert second.acquire('one') is None and second.acquire('two') is None
             time.sleep(0.05)
