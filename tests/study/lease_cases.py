@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import json
 import pathlib
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -21,10 +23,11 @@ from jaxpo.study.leases import Leases
 mine = Leases(storage.path(sys.argv[1]), sys.argv[2], 60)
 mine.acquire(f'first{os.getpid()}')  # connected, so that neither has to be while the other runs
 print('ready', flush=True)
-begin = float(sys.stdin.readline())
-while time.time() < begin:  # awake when it comes
-    pass
-print(json.dumps([number for number in range(int(sys.argv[3])) if mine.acquire(f'name{number}')]))
+for number in range(int(sys.argv[3])):
+    begin = float(sys.stdin.readline())
+    while time.time() < begin:  # awake when it comes
+        pass
+    print(json.dumps(mine.acquire(f'name{number}') is not None), flush=True)
 """
 
 
@@ -152,6 +155,18 @@ CASES = {
         who_is_slow_to_take_what_was_free_has_lost,
     )
 }
+
+
+def winners(processes, count: int) -> list[int]:
+    """How many of processes that run RACE win each of `count` names: all try at one moment, name by name."""
+    numbers = []
+    for _ in range(count):
+        begin = time.time() + 0.005
+        for process in processes:
+            process.stdin.write(f'{begin}\n')
+            process.stdin.flush()
+        numbers.append(sum(json.loads(process.stdout.readline()) for process in processes))
+    return numbers
 
 
 @contextlib.contextmanager
