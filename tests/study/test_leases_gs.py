@@ -36,12 +36,12 @@ def test_of_two_processes_one_wins_each_name(place):
 
 
 def test_a_lease_is_renewed_in_the_background_and_deleted_after_it(place):
-    first = Leases(place, 'first', 1.5)
+    first = Leases(place, 'first', 3.0)
     with holding(first.acquire('name')) as (lease,):
         before = lease._version
         while lease._version == before:
             assert not lease.lost
-        assert Leases(place, 'second', 1.5).acquire('name') is None
+        assert Leases(place, 'second', 3.0).acquire('name') is None
     assert first._store.read('name') is None
 
 
