@@ -10,7 +10,7 @@ import jax
 import pytest
 
 # XLA's emitters of fused loops take three quarters of the time in which a small program is compiled for a CPU. Where
-# it still has the older ones, tests compile by those; `XLA_FLAGS= pytest` compiles as for users.
+# it still has the older ones, tests compile by those; `XLA_FLAGS= pytest` leaves the choice to it.
 if jax.__version_info__ < (0, 11):
     os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 
