@@ -67,8 +67,10 @@ def test_stopping_lets_a_command_save_its_state(worker, tmp_path):
 
 def test_what_does_not_stop_is_killed(worker, tmp_path):
     """And waited for: what holds much memory takes a moment to die, and holds the lock until then."""
-    holds = 'import time; held = b"1" * (1 << 29); open("ready", "w"); time.sleep(600)'
-    worker('start', 'run', 'bash', '-c', f"trap '' TERM; exec {sys.executable} -c '{holds}'")
+    deaf = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)'
+    worker(
+        'start', 'run', sys.executable, '-c', f'{deaf}; held = b"1" * (1 << 29); open("ready", "w"); time.sleep(600)'
+    )
     while not (tmp_path / 'jaxpo/ready').exists():
         time.sleep(0.02)
     assert worker('stop', 'run', '0').stdout.endswith('ended 137\n')
